@@ -1,0 +1,3 @@
+//! The program `pipit-convert`.
+
+fn main() {}

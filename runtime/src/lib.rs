@@ -1,0 +1,1 @@
+//! A daemon that serves language models over MQTT on small boards.
