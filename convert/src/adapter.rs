@@ -1,8 +1,13 @@
 //! A PEFT adapter folder: `adapter_config.json` and `adapter_model.safetensors`.
 
+mod peft;
+
 use std::collections::BTreeMap;
 
-use serde::{Deserialize, Serialize};
+pub use peft::{AdapterError, LoraModule, PeftAdapter};
+use serde::de::{MapAccess, Visitor};
+use serde::ser::SerializeMap;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::Value;
 
 /// `adapter_config.json` of a LoRA adapter, spelled as PEFT's `LoraConfig` spells it.
@@ -39,11 +44,11 @@ pub struct AdapterConfig {
     #[serde(default)]
     pub use_dora: bool,
     /// Ranks that differ from `r`, by a regular expression on the module's name.
-    #[serde(default)]
-    pub rank_pattern: BTreeMap<String, usize>,
+    #[serde(default, deserialize_with = "null_is_default")]
+    pub rank_pattern: Patterns<usize>,
     /// Alphas that differ from `lora_alpha`, by a regular expression on the module's name.
-    #[serde(default)]
-    pub alpha_pattern: BTreeMap<String, f64>,
+    #[serde(default, deserialize_with = "null_is_default")]
+    pub alpha_pattern: Patterns<f64>,
     /// Modules that are trained and stored whole.
     #[serde(default)]
     pub modules_to_save: Option<Vec<String>>,
@@ -67,4 +72,50 @@ pub enum TargetModules {
 
 fn bias_none() -> String {
     "none".to_owned()
+}
+
+/// Regular expressions on module names with a value each. The order counts: the first that matches wins.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Patterns<T>(pub Vec<(String, T)>);
+
+impl<T> Default for Patterns<T> {
+    fn default() -> Self {
+        Self(Vec::new())
+    }
+}
+
+impl<T: Serialize> Serialize for Patterns<T> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut map = serializer.serialize_map(Some(self.0.len()))?;
+        for (pattern, value) in &self.0 {
+            map.serialize_entry(pattern, value)?;
+        }
+        map.end()
+    }
+}
+
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for Patterns<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct InOrder<T>(std::marker::PhantomData<T>);
+        impl<'de, T: Deserialize<'de>> Visitor<'de> for InOrder<T> {
+            type Value = Patterns<T>;
+
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("an object of patterns")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+                let mut patterns = Vec::new();
+                while let Some(entry) = map.next_entry()? {
+                    patterns.push(entry);
+                }
+                Ok(Patterns(patterns))
+            }
+        }
+        deserializer.deserialize_map(InOrder(std::marker::PhantomData))
+    }
+}
+
+fn null_is_default<'de, D: Deserializer<'de>, T: Default + Deserialize<'de>>(d: D) -> Result<T, D::Error> {
+    Ok(Option::deserialize(d)?.unwrap_or_default())
 }

@@ -19,8 +19,14 @@ pub struct OutputFile {
 impl OutputFile {
     /// Starts a file that will stand at `path`.
     pub fn create(path: &Path) -> io::Result<Self> {
-        let temp = tempfile::Builder::new().prefix(&hidden(path)).suffix(".part").tempfile_in(parent(path))?;
-        Ok(Self { temp, path: path.to_path_buf() })
+        let temp = tempfile::Builder::new()
+            .prefix(&hidden(path))
+            .suffix(".part")
+            .tempfile_in(parent(path))?;
+        Ok(Self {
+            temp,
+            path: path.to_path_buf(),
+        })
     }
 
     /// The open file, to write to.
@@ -36,7 +42,9 @@ impl OutputFile {
     /// Syncs the file, gives it its name, and syncs the folder. An older file of that name is replaced.
     pub fn commit(self) -> io::Result<()> {
         use std::os::unix::fs::PermissionsExt;
-        self.temp.as_file().set_permissions(std::fs::Permissions::from_mode(0o644))?;
+        self.temp
+            .as_file()
+            .set_permissions(std::fs::Permissions::from_mode(0o644))?;
         self.temp.as_file().sync_all()?;
         self.temp.persist(&self.path).map_err(|e| e.error)?;
         sync_dir(parent(&self.path))
@@ -60,8 +68,14 @@ pub struct OutputDir {
 impl OutputDir {
     /// Starts a folder that will stand at `path`.
     pub fn create(path: &Path) -> io::Result<Self> {
-        let temp = tempfile::Builder::new().prefix(&hidden(path)).suffix(".part").tempdir_in(parent(path))?;
-        Ok(Self { temp, path: path.to_path_buf() })
+        let temp = tempfile::Builder::new()
+            .prefix(&hidden(path))
+            .suffix(".part")
+            .tempdir_in(parent(path))?;
+        Ok(Self {
+            temp,
+            path: path.to_path_buf(),
+        })
     }
 
     /// The folder to write into.
@@ -82,7 +96,10 @@ impl OutputDir {
         }
         sync_dir(self.temp.path())?;
         let above = parent(&self.path);
-        let old = self.path.exists().then(|| above.join(format!("{}old", hidden(&self.path))));
+        let old = self
+            .path
+            .exists()
+            .then(|| above.join(format!("{}old", hidden(&self.path))));
         if let Some(old) = &old {
             if old.exists() {
                 std::fs::remove_dir_all(old)?;

@@ -1,0 +1,176 @@
+//! Safetensors files, memory-mapped: names to typed, shaped views of the bytes on disk.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use half::{bf16, f16};
+use memmap2::Mmap;
+use safetensors::{Dtype, SafeTensors};
+
+use super::CheckpointError;
+
+/// The tensors of one or more safetensors files. They stay on disk until they are asked for.
+#[derive(Debug, Default)]
+pub struct TensorFiles {
+    shards: Vec<Shard>,
+    tensors: BTreeMap<String, TensorRef>,
+}
+
+#[derive(Debug)]
+struct Shard {
+    path: PathBuf,
+    bytes: Mmap,
+}
+
+#[derive(Debug)]
+struct TensorRef {
+    shard: usize,
+    dtype: Dtype,
+    shape: Vec<usize>,
+    start: usize,
+    end: usize,
+}
+
+/// One tensor: its type, its shape (outermost dimension first) and its bytes, little-endian, row-major.
+#[derive(Debug, Clone, Copy)]
+pub struct TensorView<'a> {
+    /// The tensor's name.
+    pub name: &'a str,
+    /// The element type.
+    pub dtype: Dtype,
+    /// The shape, outermost dimension first.
+    pub shape: &'a [usize],
+    /// The elements.
+    pub bytes: &'a [u8],
+}
+
+impl TensorFiles {
+    /// Opens a single file.
+    pub fn open(path: &Path) -> Result<Self, CheckpointError> {
+        let mut files = Self::default();
+        files.add(path.to_path_buf())?;
+        Ok(files)
+    }
+
+    /// Maps one more file and checks its header.
+    pub fn add(&mut self, path: PathBuf) -> Result<(), CheckpointError> {
+        let read = |source| CheckpointError::Read {
+            path: path.clone(),
+            source,
+        };
+        let file = File::open(&path).map_err(read)?;
+        // SAFETY: the map is read-only. If another program truncates the file while it is mapped, the process
+        // is killed by SIGBUS; that is the price of not copying gigabytes, as in every reader of this format.
+        #[expect(unsafe_code, reason = "memory-mapping is unsafe by nature")]
+        let bytes = unsafe { Mmap::map(&file) }.map_err(read)?;
+        let bad = |why: String| CheckpointError::Shard {
+            path: path.clone(),
+            why,
+        };
+        let (header, metadata) = SafeTensors::read_metadata(&bytes).map_err(|e| bad(e.to_string()))?;
+        let data = header + 8;
+        for (name, info) in metadata.tensors() {
+            let at = TensorRef {
+                shard: self.shards.len(),
+                dtype: info.dtype,
+                shape: info.shape.clone(),
+                start: data + info.data_offsets.0,
+                end: data + info.data_offsets.1,
+            };
+            if at.end > bytes.len() {
+                return Err(bad(format!(
+                    "tensor {name} ends beyond the end of the file (truncated?)"
+                )));
+            }
+            if self.tensors.insert(name.clone(), at).is_some() {
+                return Err(CheckpointError::Index {
+                    path: path.clone(),
+                    tensor: name,
+                    why: "it stands in two shards".into(),
+                });
+            }
+        }
+        self.shards.push(Shard { path, bytes });
+        Ok(())
+    }
+
+    /// The files, in the order in which they were opened.
+    pub fn paths(&self) -> impl Iterator<Item = &Path> {
+        self.shards.iter().map(|shard| shard.path.as_path())
+    }
+
+    /// The file that holds the tensor of this name.
+    pub fn path_of(&self, name: &str) -> Option<&Path> {
+        self.tensors
+            .get(name)
+            .map(|at| self.shards[at.shard].path.as_path())
+    }
+
+    /// The names of all tensors, sorted.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.tensors.keys().map(String::as_str)
+    }
+
+    /// Whether there is a tensor of this name.
+    pub fn contains(&self, name: &str) -> bool {
+        self.tensors.contains_key(name)
+    }
+
+    /// The tensor of this name.
+    pub fn tensor(&self, name: &str) -> Option<TensorView<'_>> {
+        let (name, at) = self.tensors.get_key_value(name)?;
+        Some(TensorView {
+            name,
+            dtype: at.dtype,
+            shape: &at.shape,
+            bytes: &self.shards[at.shard].bytes[at.start..at.end],
+        })
+    }
+}
+
+impl TensorView<'_> {
+    /// The number of elements.
+    pub fn elements(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// All elements as f32. F16 and BF16 are widened exactly.
+    pub fn to_f32(&self) -> Result<Vec<f32>, CheckpointError> {
+        let mut out = vec![0.0; self.elements()];
+        self.read_f32(0, &mut out)?;
+        Ok(out)
+    }
+
+    /// Elements `start..start + out.len()`, counted over the flattened tensor, as f32.
+    ///
+    /// # Panics
+    /// When the range leaves the tensor.
+    pub fn read_f32(&self, start: usize, out: &mut [f32]) -> Result<(), CheckpointError> {
+        let end = start + out.len();
+        match self.dtype {
+            Dtype::F32 => {
+                for (value, raw) in out.iter_mut().zip(self.bytes[start * 4..end * 4].chunks_exact(4)) {
+                    *value = f32::from_le_bytes([raw[0], raw[1], raw[2], raw[3]]);
+                }
+            }
+            Dtype::F16 => {
+                for (value, raw) in out.iter_mut().zip(self.bytes[start * 2..end * 2].chunks_exact(2)) {
+                    *value = f16::from_le_bytes([raw[0], raw[1]]).to_f32();
+                }
+            }
+            Dtype::BF16 => {
+                for (value, raw) in out.iter_mut().zip(self.bytes[start * 2..end * 2].chunks_exact(2)) {
+                    *value = bf16::from_le_bytes([raw[0], raw[1]]).to_f32();
+                }
+            }
+            dtype => {
+                return Err(CheckpointError::Dtype {
+                    tensor: self.name.to_owned(),
+                    dtype,
+                });
+            }
+        }
+        Ok(())
+    }
+}
