@@ -240,8 +240,10 @@ pub fn free_port() -> Result<u16> {
 }
 
 fn write_config(folder: &Path, port: u16, persistent: bool) -> Result<()> {
-    let mut config =
-        format!("listener {port} 127.0.0.1\nallow_anonymous true\nlog_dest stderr\nlog_type all\n");
+    // `user root`: started by root, it would become a user who may not write into the test's folder.
+    let mut config = format!(
+        "user root\nlistener {port} 127.0.0.1\nallow_anonymous true\nlog_dest stderr\nlog_type all\n"
+    );
     if persistent {
         let place = folder.display();
         config.push_str(&format!(
