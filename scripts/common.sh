@@ -15,11 +15,9 @@ have() { command -v "$1" >/dev/null 2>&1; }
 
 cache_dir() { printf '%s\n' "${PIPIT_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/pipit}"; }
 
-# A human's size of a file or folder, in MB with one decimal.
-size_of() {
-    local bytes
-    bytes=$(du -sb "$1" 2>/dev/null | cut -f1)
-    awk -v b="${bytes:-0}" 'BEGIN { if (b >= 1e6) printf "%.1f MB\n", b / 1e6; else printf "%.1f kB\n", b / 1e3 }'
+# total_size PATH...: what files and folders hold together, as a person reads it.
+total_size() {
+    du -sbc "$@" 2>/dev/null | awk 'END { if ($1 >= 1e6) printf "%.1f MB\n", $1 / 1e6; else printf "%.1f kB\n", $1 / 1e3 }'
 }
 
 # cargo, also where rustup installed it but the shell was not started again.
