@@ -5,4 +5,5 @@
 
 pub mod adapter;
 pub mod checkpoint;
+pub mod gguf;
 pub mod output;
