@@ -4,6 +4,7 @@
 //! SmolLM2. Out: processes that the tests drive, and that end with the test whatever happens in it.
 
 pub mod broker;
+pub mod device;
 pub mod model;
 pub mod process;
 pub mod program;
