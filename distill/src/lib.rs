@@ -1,1 +1,7 @@
-//! Fine-tuning and distillation of small language models.
+//! Fine-tuning of small language models.
+//!
+//! Data flows one way: rows → [`batch`] → [`model`] (with its adapter) → loss → gradients.
+
+pub mod batch;
+pub mod model;
+pub mod random;

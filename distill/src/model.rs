@@ -1,0 +1,77 @@
+//! Trainable models: their configuration, their weights, and the forward pass with gradients.
+
+mod cache;
+mod config;
+mod llama;
+pub mod ops;
+mod parameter;
+
+use std::path::PathBuf;
+
+pub use cache::KvCache;
+pub use config::LlamaConfig;
+pub use llama::Llama;
+pub use parameter::{Linear, Lora, Mode, Parameter};
+use pipit_convert::checkpoint::CheckpointError;
+
+/// What can be wrong with a model.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ModelError {
+    /// The folder cannot be read as a checkpoint.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// The model is of an architecture that cannot be trained here.
+    #[error(
+        "{path}: model_type {found:?} cannot be trained\nhint: `llama` can (Llama 2 and 3, SmolLM2, TinyLlama)"
+    )]
+    Architecture {
+        /// The `config.json`.
+        path: PathBuf,
+        /// Its `model_type`.
+        found: String,
+    },
+    /// A key of `config.json` is missing, or has a value that is not supported.
+    #[error("{path}: `{key}`: {why}")]
+    Config {
+        /// The `config.json`.
+        path: PathBuf,
+        /// The key.
+        key: &'static str,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// A tensor has not the shape that the configuration gives it.
+    #[error("{path}: tensor {tensor} has shape {found:?}, config.json makes it {expected:?}")]
+    Shape {
+        /// The checkpoint.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// Its shape.
+        found: Vec<usize>,
+        /// The shape that it should have.
+        expected: Vec<usize>,
+    },
+    /// A tensor holds NaN or infinity.
+    #[error("{path}: tensor {tensor} holds NaN or infinity")]
+    NotFinite {
+        /// The checkpoint.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+    },
+    /// The checkpoint has tensors that the architecture does not know; to train without them would be wrong.
+    #[error("{path} has tensors that {model_type} does not use: {}", .tensors.join(", "))]
+    UnusedTensors {
+        /// The checkpoint.
+        path: PathBuf,
+        /// The `model_type`.
+        model_type: String,
+        /// Their names.
+        tensors: Vec<String>,
+    },
+    /// The arithmetic failed.
+    #[error(transparent)]
+    Candle(#[from] candle_core::Error),
+}

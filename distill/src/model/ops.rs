@@ -1,0 +1,29 @@
+//! Differentiable operations for the CPU, each with a real backward pass.
+//!
+//! candle's own fused operations cut the gradient without a word, and its matmul computes and keeps the
+//! gradient of frozen weights; these do neither. Each file has its forward, its backward and a gradient check
+//! in f64. Every operation works on a batch without padding: rows are the tokens of all sequences.
+
+mod attention;
+mod cross_entropy;
+mod embedding;
+mod gemm;
+#[cfg(test)]
+pub(crate) mod gradcheck;
+mod linear;
+mod lora_linear;
+mod real;
+mod rms_norm;
+mod rope;
+mod swiglu;
+
+pub use attention::{Heads, attention};
+pub(crate) use attention::{Sequence, attend};
+pub use cross_entropy::{Targets, cross_entropy};
+pub use embedding::embedding;
+pub use linear::{frozen_linear, linear};
+pub use lora_linear::{Dropout, lora_linear};
+pub(crate) use real::with_elements;
+pub use rms_norm::rms_norm;
+pub use rope::{RopeTable, Rotation, rope};
+pub use swiglu::swiglu;

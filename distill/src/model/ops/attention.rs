@@ -1,0 +1,353 @@
+//! Causal attention with grouped queries and a gradient, softmax(q·kᵀ/√d)·v, over sequences that lie one
+//! after another in one batch. There is no padding: a sequence sees its own rows only.
+//!
+//! Scores exist for one block of query rows of one head at a time; the backward pass computes them again
+//! (<https://arxiv.org/abs/2205.14135>), so memory does not grow with the square of the length.
+
+use std::sync::Arc;
+
+use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, WithDType};
+use rayon::prelude::*;
+
+use super::gemm::{Mat, Threads, gemm};
+use super::real::{Real, dtype, elements, for_real, tensor, with_elements};
+
+const OP: &str = "attention";
+const QUERY_BLOCK: usize = 128;
+
+/// The sizes that attention needs to know.
+#[derive(Debug, Clone, Copy)]
+pub struct Heads {
+    /// Query heads.
+    pub heads: usize,
+    /// Key and value heads; divides `heads`.
+    pub kv_heads: usize,
+    /// The width of one head.
+    pub head_dim: usize,
+}
+
+impl Heads {
+    fn group(self) -> usize {
+        self.heads / self.kv_heads
+    }
+    fn q_width(self) -> usize {
+        self.heads * self.head_dim
+    }
+    fn kv_width(self) -> usize {
+        self.kv_heads * self.head_dim
+    }
+    fn scale(self) -> f64 {
+        1.0 / (self.head_dim as f64).sqrt()
+    }
+}
+
+struct Attention {
+    heads: Heads,
+    /// Where the sequences begin, and the number of rows at the end: `[0, …, rows]`.
+    starts: Arc<[usize]>,
+}
+
+/// q `[rows, heads · head_dim]`, k and v `[rows, kv_heads · head_dim]` → `[rows, heads · head_dim]`.
+/// `starts` are the rows at which the sequences begin, and last the number of rows.
+pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, heads: Heads, starts: Arc<[usize]>) -> Result<Tensor> {
+    q.apply_op3(k, v, Attention { heads, starts })
+}
+
+/// One sequence's rows: queries (the last ones of the sequence) and all its keys and values.
+#[derive(Clone, Copy)]
+pub(crate) struct Sequence<'a, T> {
+    pub(crate) q: &'a [T],
+    pub(crate) k: &'a [T],
+    pub(crate) v: &'a [T],
+}
+
+impl<T> Sequence<'_, T> {
+    fn queries(&self, heads: Heads) -> usize {
+        self.q.len() / heads.q_width()
+    }
+    fn keys(&self, heads: Heads) -> usize {
+        self.k.len() / heads.kv_width()
+    }
+}
+
+/// Attention of several sequences, without a gradient; `out` is filled sequence by sequence,
+/// `[queries, heads · head_dim]` each.
+pub(crate) fn attend<T: Real>(sequences: &[Sequence<'_, T>], heads: Heads) -> Vec<T> {
+    let parts: Vec<Vec<T>> = (0..sequences.len() * heads.kv_heads)
+        .into_par_iter()
+        .map(|i| attend_group(&sequences[i / heads.kv_heads], i % heads.kv_heads, heads))
+        .collect();
+    interleave(
+        &parts,
+        sequences.iter().map(|s| s.queries(heads)),
+        heads.kv_heads,
+        heads.group() * heads.head_dim,
+    )
+}
+
+/// Puts the columns of every key-value head side by side: parts `[sequence][kv head]`, each `[rows, width]`.
+fn interleave<T: Real>(
+    parts: &[Vec<T>],
+    rows: impl Iterator<Item = usize>,
+    kv_heads: usize,
+    width: usize,
+) -> Vec<T> {
+    let mut out = Vec::with_capacity(parts.iter().map(Vec::len).sum());
+    for (sequence, rows) in rows.enumerate() {
+        for row in 0..rows {
+            for part in &parts[sequence * kv_heads..][..kv_heads] {
+                out.extend_from_slice(&part[row * width..][..width]);
+            }
+        }
+    }
+    out
+}
+
+/// The probabilities of query rows `from..to` for one head: `[to − from, seen]`, where `seen` is the number of
+/// keys that the last of them sees.
+fn probabilities<T: Real>(
+    s: &Sequence<'_, T>,
+    heads: Heads,
+    head: usize,
+    (from, to): (usize, usize),
+    out: &mut Vec<T>,
+) -> usize {
+    let d = heads.head_dim;
+    let offset = s.keys(heads) - s.queries(heads);
+    let seen = offset + to;
+    out.clear();
+    out.resize((to - from) * seen, T::zero());
+    let q = Mat::strided(
+        &s.q[from * heads.q_width() + head * d..],
+        to - from,
+        d,
+        heads.q_width(),
+    );
+    let k = Mat::strided(&s.k[head / heads.group() * d..], seen, d, heads.kv_width());
+    gemm(out, seen, 0.0, heads.scale(), q, k.t(), Threads::One);
+    for (i, row) in out.chunks_exact_mut(seen).enumerate() {
+        let (row, masked) = row.split_at_mut(offset + from + i + 1);
+        let max = row
+            .iter()
+            .fold(T::of(f64::NEG_INFINITY), |max, x| if *x > max { *x } else { max });
+        for x in row.iter_mut() {
+            *x = (*x - max).exp();
+        }
+        let sum = row.iter().fold(T::zero(), |sum, x| sum + *x);
+        let scale = T::one() / sum;
+        for x in row.iter_mut() {
+            *x *= scale;
+        }
+        masked.fill(T::zero());
+    }
+    seen
+}
+
+/// The result of the query heads that share one key-value head: `[queries, group · head_dim]`.
+fn attend_group<T: Real>(s: &Sequence<'_, T>, kv_head: usize, heads: Heads) -> Vec<T> {
+    let (d, group, queries) = (heads.head_dim, heads.group(), s.queries(heads));
+    let width = group * d;
+    let mut out = vec![T::zero(); queries * width];
+    let mut p = Vec::new();
+    for from in (0..queries).step_by(QUERY_BLOCK) {
+        let to = queries.min(from + QUERY_BLOCK);
+        for g in 0..group {
+            let seen = probabilities(s, heads, kv_head * group + g, (from, to), &mut p);
+            let v = Mat::strided(&s.v[kv_head * d..], seen, d, heads.kv_width());
+            let out = &mut out[from * width + g * d..];
+            gemm(
+                out,
+                width,
+                0.0,
+                1.0,
+                Mat::new(&p, to - from, seen),
+                v,
+                Threads::One,
+            );
+        }
+    }
+    out
+}
+
+/// dq `[queries, group · head_dim]`, dk and dv `[keys, head_dim]` of one key-value head.
+/// With P = softmax(S): dS = P ∘ (dP − rowsum(dP ∘ P)), dP = dO·vᵀ.
+fn backward_group<T: Real>(s: &Sequence<'_, T>, dy: &[T], kv_head: usize, heads: Heads) -> [Vec<T>; 3] {
+    let (d, group, queries, keys) = (heads.head_dim, heads.group(), s.queries(heads), s.keys(heads));
+    let (width, q_width, kv_width) = (group * d, heads.q_width(), heads.kv_width());
+    let mut dq = vec![T::zero(); queries * width];
+    let (mut dk, mut dv) = (vec![T::zero(); keys * d], vec![T::zero(); keys * d]);
+    let (mut p, mut ds) = (Vec::new(), Vec::new());
+    for from in (0..queries).step_by(QUERY_BLOCK) {
+        let to = queries.min(from + QUERY_BLOCK);
+        let rows = to - from;
+        for g in 0..group {
+            let head = kv_head * group + g;
+            let seen = probabilities(s, heads, head, (from, to), &mut p);
+            let dy = Mat::strided(&dy[from * q_width + head * d..], rows, d, q_width);
+            let q = Mat::strided(&s.q[from * q_width + head * d..], rows, d, q_width);
+            let k = Mat::strided(&s.k[kv_head * d..], seen, d, kv_width);
+            let v = Mat::strided(&s.v[kv_head * d..], seen, d, kv_width);
+            gemm(
+                &mut dv,
+                d,
+                1.0,
+                1.0,
+                Mat::new(&p, rows, seen).t(),
+                dy,
+                Threads::One,
+            );
+            ds.clear();
+            ds.resize(rows * seen, T::zero());
+            gemm(&mut ds, seen, 0.0, 1.0, dy, v.t(), Threads::One);
+            for (ds, p) in ds.chunks_exact_mut(seen).zip(p.chunks_exact(seen)) {
+                let sum = ds.iter().zip(p).fold(T::zero(), |sum, (ds, p)| sum + *ds * *p);
+                for (ds, p) in ds.iter_mut().zip(p) {
+                    *ds = *p * (*ds - sum);
+                }
+            }
+            let ds = Mat::new(&ds, rows, seen);
+            gemm(
+                &mut dq[from * width + g * d..],
+                width,
+                0.0,
+                heads.scale(),
+                ds,
+                k,
+                Threads::One,
+            );
+            gemm(&mut dk, d, 1.0, heads.scale(), ds.t(), q, Threads::One);
+        }
+    }
+    [dq, dk, dv]
+}
+
+impl Attention {
+    fn sequences<'a, T: Real>(&self, q: &'a [T], k: &'a [T], v: &'a [T]) -> Vec<Sequence<'a, T>> {
+        let (q_width, kv_width) = (self.heads.q_width(), self.heads.kv_width());
+        self.starts
+            .windows(2)
+            .map(|w| Sequence {
+                q: &q[w[0] * q_width..w[1] * q_width],
+                k: &k[w[0] * kv_width..w[1] * kv_width],
+                v: &v[w[0] * kv_width..w[1] * kv_width],
+            })
+            .collect()
+    }
+
+    fn check(&self, q: &[usize], k: &[usize], v: &[usize]) -> Result<()> {
+        let rows = self.starts.last().copied().unwrap_or(0);
+        let kv = [rows, self.heads.kv_width()];
+        if q != [rows, self.heads.q_width()] || k != kv || v != kv {
+            candle_core::bail!(
+                "{OP}: q {q:?}, k {k:?}, v {v:?} do not fit {:?}, {rows} rows",
+                self.heads
+            );
+        }
+        Ok(())
+    }
+}
+
+impl CustomOp3 for Attention {
+    fn name(&self) -> &'static str {
+        OP
+    }
+
+    fn cpu_fwd(
+        &self,
+        q: &CpuStorage,
+        q_layout: &Layout,
+        k: &CpuStorage,
+        k_layout: &Layout,
+        v: &CpuStorage,
+        v_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        self.check(q_layout.dims(), k_layout.dims(), v_layout.dims())?;
+        for_real!(dtype(q), OP, T => {
+            let (q, k) = (elements::<T>(q, q_layout, OP)?, elements(k, k_layout, OP)?);
+            let out = attend(&self.sequences(q, k, elements(v, v_layout, OP)?), self.heads);
+            Ok((T::to_cpu_storage_owned(out), q_layout.shape().clone()))
+        })
+    }
+
+    fn bwd(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        _res: &Tensor,
+        dy: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let dy = dy.contiguous()?;
+        let (heads, kv_heads) = (self.heads, self.heads.kv_heads);
+        let rows = || self.starts.windows(2).map(|w| w[1] - w[0]);
+        for_real!(q.dtype(), OP, T => {
+            let parts: Vec<[Vec<T>; 3]> =
+                with_elements::<T, _>(q, OP, |q| with_elements::<T, _>(k, OP, |k| {
+                    with_elements::<T, _>(v, OP, |v| with_elements::<T, _>(&dy, OP, |dy| {
+                        let sequences = self.sequences(q, k, v);
+                        Ok((0..sequences.len() * kv_heads).into_par_iter().map(|i| {
+                            let s = i / kv_heads;
+                            let dy = &dy[self.starts[s] * heads.q_width()..self.starts[s + 1] * heads.q_width()];
+                            backward_group(&sequences[s], dy, i % kv_heads, heads)
+                        }).collect())
+                    }))
+                }))?;
+            let (mut dq, mut dk, mut dv) = (Vec::new(), Vec::new(), Vec::new());
+            for [q, k, v] in parts {
+                dq.push(q);
+                dk.push(k);
+                dv.push(v);
+            }
+            let join = |parts: &[Vec<T>], width, dims: &[usize]| tensor(interleave(parts, rows(), kv_heads, width), dims);
+            Ok((
+                Some(join(&dq, heads.group() * heads.head_dim, q.dims())?),
+                Some(join(&dk, heads.head_dim, k.dims())?),
+                Some(join(&dv, heads.head_dim, v.dims())?),
+            ))
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::ops::gradcheck::{check, random};
+
+    const HEADS: Heads = Heads {
+        heads: 4,
+        kv_heads: 2,
+        head_dim: 6,
+    };
+
+    #[test]
+    fn gradients_are_the_differences() {
+        let (q, k, v) = (random(&[8, 24], 6), random(&[8, 12], 7), random(&[8, 12], 8));
+        check(&[&q, &k, &v], |args| {
+            attention(&args[0], &args[1], &args[2], HEADS, [0, 3, 8].into())
+        });
+    }
+
+    #[test]
+    fn blocks_of_queries_and_a_cache_change_nothing() {
+        let rows = QUERY_BLOCK + 9;
+        let [q, k, v] = [24, 12, 12].map(|width| {
+            random(&[rows, width], width as u64)
+                .flatten_all()
+                .unwrap()
+                .to_vec1::<f64>()
+                .unwrap()
+        });
+        let whole = attend(&[Sequence { q: &q, k: &k, v: &v }], HEADS);
+        for row in [0, 1, QUERY_BLOCK - 1, QUERY_BLOCK, rows - 1] {
+            let seen = row + 1;
+            let one = Sequence {
+                q: &q[row * 24..seen * 24],
+                k: &k[..seen * 12],
+                v: &v[..seen * 12],
+            };
+            for (a, b) in attend(&[one], HEADS).iter().zip(&whole[row * 24..]) {
+                assert!((a - b).abs() < 1e-12);
+            }
+        }
+    }
+}
