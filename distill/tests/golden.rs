@@ -1,0 +1,257 @@
+//! The trainable llama against torch, transformers and PEFT: fixtures made by references/tiny_llama.py.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use candle_core::{Device, Tensor};
+use pipit_convert::adapter::PeftAdapter;
+use pipit_distill::adapter;
+use pipit_distill::batch::Batch;
+use pipit_distill::model::{Llama, Mode};
+use pipit_distill::optimizer::{AdamW, AdamWOptions, clip_factor, global_norm};
+
+const MODELS: [&str; 2] = ["tiny-tied", "tiny-untied"];
+const TRAIN: Mode = Mode {
+    gradient: true,
+    dropout_seed: None,
+};
+
+fn fixture(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/fixtures")
+        .join(name)
+}
+
+fn expected(name: &str) -> HashMap<String, Tensor> {
+    candle_core::safetensors::load(fixture(&format!("{name}.expected.safetensors")), &Device::Cpu).unwrap()
+}
+
+fn floats(tensor: &Tensor) -> Vec<f32> {
+    tensor.flatten_all().unwrap().to_vec1().unwrap()
+}
+
+/// The fixture's rows without their padding: (ids, labels), optionally one only.
+fn rows(expected: &HashMap<String, Tensor>) -> Vec<(Vec<u32>, Vec<i64>)> {
+    let matrix = |name: &str| expected[name].to_vec2::<i64>().unwrap();
+    let (ids, mask, labels) = (matrix("input_ids"), matrix("attention_mask"), matrix("labels"));
+    let real = |row: &[i64], mask: &[i64]| -> Vec<i64> {
+        row.iter()
+            .zip(mask)
+            .filter(|(_, mask)| **mask == 1)
+            .map(|(x, _)| *x)
+            .collect()
+    };
+    (0..ids.len())
+        .map(|i| {
+            (
+                real(&ids[i], &mask[i]).iter().map(|id| *id as u32).collect(),
+                real(&labels[i], &mask[i]),
+            )
+        })
+        .collect()
+}
+
+fn batch(rows: &[(Vec<u32>, Vec<i64>)]) -> Batch {
+    Batch::new(
+        rows.iter()
+            .map(|(ids, labels)| (ids.as_slice(), labels.as_slice())),
+    )
+}
+
+/// The largest difference, relative to the largest expected entry.
+fn difference(ours: &[f32], theirs: &[f32]) -> f32 {
+    assert_eq!(ours.len(), theirs.len());
+    let largest = theirs.iter().fold(0.0f32, |max, x| max.max(x.abs()));
+    assert!(largest > 0.0, "the reference is zero");
+    ours.iter()
+        .zip(theirs)
+        .fold(0.0f32, |max, (a, b)| max.max((a - b).abs()))
+        / largest
+}
+
+/// torch's logits at the rows that are no padding.
+fn torch_logits(expected: &HashMap<String, Tensor>, model: &HashMap<String, Tensor>) -> Vec<f32> {
+    let mask = floats(&model["attention_mask"].to_dtype(candle_core::DType::F32).unwrap());
+    let logits = floats(&expected["logits"]);
+    mask.iter()
+        .zip(logits.chunks_exact(256))
+        .filter(|(mask, _)| **mask == 1.0)
+        .flat_map(|(_, row)| row)
+        .copied()
+        .collect()
+}
+
+fn check_model(model: &Llama, expected: &HashMap<String, Tensor>, rows_of: &HashMap<String, Tensor>) {
+    let batch = batch(&rows(rows_of));
+    let logits = model
+        .logits(&model.hidden(&batch, Mode::INFERENCE).unwrap())
+        .unwrap();
+    let worst = floats(&logits)
+        .iter()
+        .zip(&torch_logits(expected, rows_of))
+        .fold(0.0f32, |max, (a, b)| max.max((a - b).abs()));
+    assert!(worst < 1e-4, "logits differ by {worst}");
+
+    let count = batch.trained_tokens() as f64;
+    let loss = (model.loss_sum(&batch, TRAIN, 7).unwrap() / count).unwrap();
+    let (ours, theirs) = (loss.to_scalar::<f32>().unwrap(), floats(&expected["loss"])[0]);
+    assert!((ours - theirs).abs() < 1e-5, "loss {ours}, torch {theirs}");
+    let grads = loss.backward().unwrap();
+    let trained = model.trained();
+    let gradients = expected.keys().filter(|name| name.starts_with("grad.")).count();
+    assert_eq!(
+        trained.len(),
+        gradients,
+        "as many trained tensors as torch has gradients"
+    );
+    for (name, var) in trained {
+        let ours = floats(grads.get(var).unwrap_or_else(|| panic!("{name} has no gradient")));
+        assert!(
+            ours.iter().all(|g| g.is_finite()) && ours.iter().any(|g| *g != 0.0),
+            "{name}"
+        );
+        let worst = difference(&ours, &floats(&expected[&format!("grad.{name}")]));
+        assert!(
+            worst < 1e-3,
+            "{name}: the gradient differs by {worst} of its largest entry"
+        );
+    }
+    for weight in model.weights().filter(|weight| weight.var().is_none()) {
+        assert!(
+            grads.get(weight.get(TRAIN)).is_none(),
+            "{} is frozen and has a gradient",
+            weight.name
+        );
+    }
+}
+
+#[test]
+fn logits_loss_and_every_gradient_are_torchs() {
+    for name in MODELS {
+        let expected = expected(name);
+        check_model(&Llama::open(&fixture(name), true).unwrap(), &expected, &expected);
+    }
+}
+
+#[test]
+fn an_adapter_of_peft_gives_pefts_logits_and_gradients() {
+    for name in MODELS {
+        let mut model = Llama::open(&fixture(name), false).unwrap();
+        let stored = PeftAdapter::open(&fixture(&format!("{name}-lora"))).unwrap();
+        adapter::apply(&mut model, &stored).unwrap();
+        check_model(&model, &expected(&format!("{name}-lora")), &expected(name));
+    }
+}
+
+#[test]
+fn twenty_steps_of_adamw_are_torchs() {
+    for name in MODELS {
+        let expected = expected(name);
+        let model = Llama::open(&fixture(name), true).unwrap();
+        let batch = batch(&rows(&expected));
+        let options = AdamWOptions {
+            beta1: 0.9,
+            beta2: 0.99,
+            epsilon: 1e-8,
+            weight_decay: 0.1,
+        };
+        let trained = model.trained();
+        let mut optimizer = AdamW::new(trained.iter().map(|(_, var)| (*var).clone()), options);
+        for norm in floats(&expected["grad_norms"]) {
+            let loss = (model.loss_sum(&batch, TRAIN, 64).unwrap() / batch.trained_tokens() as f64).unwrap();
+            let grads = loss.backward().unwrap();
+            let gradients: Vec<Tensor> = trained
+                .iter()
+                .map(|(_, var)| grads.get(var).unwrap().clone())
+                .collect();
+            let ours = global_norm(&gradients).unwrap();
+            assert!(
+                (ours - f64::from(norm)).abs() < 1e-4 * f64::from(norm),
+                "norm {ours}, torch {norm}"
+            );
+            optimizer.step(&gradients, 1e-3, clip_factor(ours, 1.0)).unwrap();
+        }
+        for (tensor, var) in &trained {
+            let (ours, theirs) = (floats(var), floats(&expected[&format!("after.{tensor}")]));
+            let worst = ours
+                .iter()
+                .zip(&theirs)
+                .fold(0.0f32, |max, (a, b)| max.max((a - b).abs()));
+            assert!(worst < 1e-4, "{tensor}: after 20 steps it differs by {worst}");
+        }
+    }
+}
+
+fn loss_and_gradients(model: &Llama, batch: &Batch, chunk: usize) -> (f32, Vec<Vec<f32>>) {
+    let loss = model.loss_sum(batch, TRAIN, chunk).unwrap();
+    let grads = loss.backward().unwrap();
+    let gradients = model
+        .trained()
+        .iter()
+        .map(|(_, var)| floats(grads.get(var).unwrap()))
+        .collect();
+    (loss.to_scalar().unwrap(), gradients)
+}
+
+#[test]
+fn a_batch_is_the_sum_of_its_sequences() {
+    for name in MODELS {
+        let rows = rows(&expected(name));
+        let model = Llama::open(&fixture(name), true).unwrap();
+        let (loss, gradients) = loss_and_gradients(&model, &batch(&rows), 64);
+        let singles: Vec<_> = rows
+            .iter()
+            .map(|row| loss_and_gradients(&model, &batch(std::slice::from_ref(row)), 64))
+            .collect();
+        let sum: f32 = singles.iter().map(|(loss, _)| loss).sum();
+        assert!((loss - sum).abs() < 1e-4 * loss, "{loss} and {sum}");
+        for (i, whole) in gradients.iter().enumerate() {
+            let sum: Vec<f32> = (0..whole.len())
+                .map(|j| singles.iter().map(|(_, g)| g[i][j]).sum())
+                .collect();
+            assert!(difference(&sum, whole) < 1e-4, "gradient {i}");
+        }
+        // The order of the sequences changes nothing either.
+        let turned: Vec<_> = rows.iter().rev().cloned().collect();
+        let (other, _) = loss_and_gradients(&model, &batch(&turned), 64);
+        assert!((loss - other).abs() < 1e-4 * loss);
+    }
+}
+
+#[test]
+fn the_chunk_of_the_vocabulary_loss_changes_nothing() {
+    let expected = expected("tiny-tied");
+    let model = Llama::open(&fixture("tiny-tied"), true).unwrap();
+    let batch = batch(&rows(&expected));
+    let (loss, gradients) = loss_and_gradients(&model, &batch, batch.trained_tokens());
+    for chunk in [1, 7, 256] {
+        let (other, others) = loss_and_gradients(&model, &batch, chunk);
+        assert!(
+            (loss - other).abs() < 1e-6 * loss.abs(),
+            "chunk {chunk}: {loss} and {other}"
+        );
+        for (a, b) in gradients.iter().zip(&others) {
+            assert!(difference(b, a) < 1e-5, "chunk {chunk}");
+        }
+    }
+}
+
+#[test]
+fn an_adapter_whose_b_is_zero_changes_no_bit() {
+    use pipit_convert::adapter::TargetModules;
+    let rows = rows(&expected("tiny-tied"));
+    let batch = batch(&rows);
+    let mut model = Llama::open(&fixture("tiny-tied"), false).unwrap();
+    let before = floats(&model.hidden(&batch, Mode::INFERENCE).unwrap());
+    let options = adapter::LoraOptions {
+        r: 4,
+        lora_alpha: 8.0,
+        lora_dropout: 0.0,
+        use_rslora: false,
+        target_modules: TargetModules::Pattern("all-linear".into()),
+    };
+    let mut random = pipit_distill::random::Random::new(0, "lora");
+    adapter::add(&mut model, &options, "tiny-tied", &mut random).unwrap();
+    assert_eq!(floats(&model.hidden(&batch, Mode::INFERENCE).unwrap()), before);
+    assert_eq!(model.trained().len(), 2 * 7 * 2);
+}
