@@ -1,9 +1,17 @@
 //! Checkpoints and LoRA adapters to quantised GGUF files, and back.
 //!
 //! The library half reads and writes the formats; `pipit-distill` uses [`checkpoint`], [`adapter`] and
-//! [`output`] from it.
+//! [`output`] from it. The data flows: checkpoint → adapter merge → architecture rules → vocabulary → quantise →
+//! GGUF; [`import()`](import::import) goes the other way.
 
 pub mod adapter;
+pub mod arch;
 pub mod checkpoint;
 pub mod gguf;
+pub mod import;
+pub mod merge;
+pub mod model;
 pub mod output;
+pub mod progress;
+pub mod quantize;
+pub mod vocab;

@@ -10,7 +10,9 @@ use std::path::{Path, PathBuf};
 use memmap2::Mmap;
 
 use super::value::TYPE_NAMES;
-use super::{ALIGNMENT, Array, GgufError, MAGIC, MAX_DIMENSIONS, MAX_TENSOR_NAME, TensorType, VERSION, Value};
+use super::{
+    ALIGNMENT, Array, GgufError, MAGIC, MAX_DIMENSIONS, MAX_TENSOR_NAME, TensorType, VERSION, Value,
+};
 
 /// The longest key in bytes, as the specification has it.
 const MAX_KEY: u64 = 65535;
@@ -64,7 +66,10 @@ impl TensorInfo {
 impl Gguf {
     /// Opens, maps and checks a file.
     pub fn open(path: &Path) -> Result<Self, GgufError> {
-        let read = |source| GgufError::Read { path: path.to_path_buf(), source };
+        let read = |source| GgufError::Read {
+            path: path.to_path_buf(),
+            source,
+        };
         let file = File::open(path).map_err(read)?;
         if !file.metadata().map_err(read)?.is_file() {
             return Err(read(std::io::Error::other("it is not a file")));
@@ -77,15 +82,25 @@ impl Gguf {
     }
 
     fn parse(path: &Path, bytes: Mmap) -> Result<Self, GgufError> {
-        let mut cursor = Cursor { path, bytes: &bytes, at: 0 };
+        let mut cursor = Cursor {
+            path,
+            bytes: &bytes,
+            at: 0,
+        };
         if !bytes.starts_with(&MAGIC) {
             let start = bytes[..bytes.len().min(4)].to_vec();
-            return Err(GgufError::NotGguf { path: path.to_path_buf(), start });
+            return Err(GgufError::NotGguf {
+                path: path.to_path_buf(),
+                start,
+            });
         }
         cursor.at = MAGIC.len();
         let version = cursor.u32("the version")?;
         if version != 2 && version != VERSION {
-            return Err(GgufError::Version { path: path.to_path_buf(), version });
+            return Err(GgufError::Version {
+                path: path.to_path_buf(),
+                version,
+            });
         }
         let n_tensors = cursor.u64("the number of tensors")?;
         let n_keys = cursor.u64("the number of keys")?;
@@ -105,7 +120,9 @@ impl Gguf {
         }
         let alignment = match by_key.get("general.alignment").map(|&at| &metadata[at].1) {
             None => ALIGNMENT,
-            Some(Value::U32(alignment)) if alignment.is_power_of_two() && *alignment >= 8 => (*alignment).into(),
+            Some(Value::U32(alignment)) if alignment.is_power_of_two() && *alignment >= 8 => {
+                (*alignment).into()
+            }
             Some(other) => return Err(cursor.broken(format!("general.alignment is {other:?}"))),
         };
         let mut tensors = Vec::new();
@@ -117,8 +134,11 @@ impl Gguf {
             .checked_next_multiple_of(alignment)
             .ok_or_else(|| cursor.broken("the header is too long".into()))?;
         check_ranges(&cursor, &tensors, data_start)?;
-        let by_name: BTreeMap<_, _> =
-            tensors.iter().enumerate().map(|(at, tensor)| (tensor.name.clone(), at)).collect();
+        let by_name: BTreeMap<_, _> = tensors
+            .iter()
+            .enumerate()
+            .map(|(at, tensor)| (tensor.name.clone(), at))
+            .collect();
         if by_name.len() != tensors.len() {
             let mut seen = HashSet::new();
             let twice = tensors.iter().find(|tensor| !seen.insert(&tensor.name));
@@ -172,12 +192,16 @@ impl Gguf {
 
     /// A string that must be there.
     pub fn string(&self, key: &str) -> Result<&str, GgufError> {
-        self.need(key)?.as_str().ok_or_else(|| self.key_error(key, "is no string"))
+        self.need(key)?
+            .as_str()
+            .ok_or_else(|| self.key_error(key, "is no string"))
     }
 
     /// An integer that must be there.
     pub fn unsigned(&self, key: &str) -> Result<u64, GgufError> {
-        self.need(key)?.as_u64().ok_or_else(|| self.key_error(key, "is no unsigned integer"))
+        self.need(key)?
+            .as_u64()
+            .ok_or_else(|| self.key_error(key, "is no unsigned integer"))
     }
 
     /// An integer, if the key is there.
@@ -212,7 +236,11 @@ impl Gguf {
 
     /// The error that a key is not what it should be.
     pub fn key_error(&self, key: &str, why: &str) -> GgufError {
-        GgufError::Key { path: self.path.clone(), key: key.to_owned(), why: why.to_owned() }
+        GgufError::Key {
+            path: self.path.clone(),
+            key: key.to_owned(),
+            why: why.to_owned(),
+        }
     }
 
     fn need(&self, key: &str) -> Result<&Value, GgufError> {
@@ -239,13 +267,19 @@ impl Gguf {
 fn check_ranges(cursor: &Cursor<'_>, tensors: &[TensorInfo], data_start: u64) -> Result<(), GgufError> {
     let mut ranges = Vec::with_capacity(tensors.len());
     for tensor in tensors {
-        let end = tensor.offset.checked_add(tensor.size).and_then(|end| end.checked_add(data_start));
-        let end = end
-            .ok_or_else(|| cursor.broken(format!("tensor {} lies beyond any file", tensor.name)))?;
+        let end = tensor
+            .offset
+            .checked_add(tensor.size)
+            .and_then(|end| end.checked_add(data_start));
+        let end = end.ok_or_else(|| cursor.broken(format!("tensor {} lies beyond any file", tensor.name)))?;
         if end > cursor.bytes.len() as u64 {
             return Err(GgufError::Truncated {
                 path: cursor.path.to_path_buf(),
-                what: format!("tensor {} ends at byte {end}, the file has {}", tensor.name, cursor.bytes.len()),
+                what: format!(
+                    "tensor {} ends at byte {end}, the file has {}",
+                    tensor.name,
+                    cursor.bytes.len()
+                ),
             });
         }
         ranges.push((tensor.offset, tensor.offset + tensor.size, &tensor.name));
@@ -268,7 +302,10 @@ struct Cursor<'a> {
 
 impl Cursor<'_> {
     fn broken(&self, why: String) -> GgufError {
-        GgufError::Broken { path: self.path.to_path_buf(), why }
+        GgufError::Broken {
+            path: self.path.to_path_buf(),
+            why,
+        }
     }
 
     fn left(&self) -> u64 {
@@ -279,7 +316,11 @@ impl Cursor<'_> {
         if n > self.left() {
             return Err(GgufError::Truncated {
                 path: self.path.to_path_buf(),
-                what: format!("{what} at byte {} needs {n} bytes, {} are left", self.at, self.left()),
+                what: format!(
+                    "{what} at byte {} needs {n} bytes, {} are left",
+                    self.at,
+                    self.left()
+                ),
             });
         }
         let start = self.at;
@@ -368,7 +409,11 @@ impl Cursor<'_> {
             }
             8 => {
                 let n = self.count(n, 8, key)?;
-                Array::String((0..n).map(|_| self.string(key, u64::MAX)).collect::<Result<_, _>>()?)
+                Array::String(
+                    (0..n)
+                        .map(|_| self.string(key, u64::MAX))
+                        .collect::<Result<_, _>>()?,
+                )
             }
             10 => Array::U64(self.numbers(key, n, u64::from_le_bytes)?),
             11 => Array::I64(self.numbers(key, n, i64::from_le_bytes)?),
@@ -404,16 +449,31 @@ impl Cursor<'_> {
             .ok_or_else(|| self.broken(format!("tensor {name} has the unknown type {id}")))?;
         let offset = self.u64(&name)?;
         if offset % alignment != 0 {
-            return Err(self.broken(format!("tensor {name} starts at {offset}, no multiple of {alignment}")));
+            return Err(self.broken(format!(
+                "tensor {name} starts at {offset}, no multiple of {alignment}"
+            )));
         }
-        let rows = dimensions.iter().skip(1).try_fold(1u64, |rows, &n| rows.checked_mul(n));
+        let rows = dimensions
+            .iter()
+            .skip(1)
+            .try_fold(1u64, |rows, &n| rows.checked_mul(n));
         let row = dimensions.first().copied().unwrap_or(1);
         let size = kind
             .row_bytes(row)
             .zip(rows)
             .filter(|(_, rows)| row.checked_mul(*rows).is_some_and(|n| n <= i64::MAX as u64))
             .and_then(|(row, rows)| row.checked_mul(rows))
-            .ok_or_else(|| self.broken(format!("tensor {name} of type {kind} has the shape {dimensions:?}")))?;
-        Ok(TensorInfo { name, dimensions, kind, offset, size })
+            .ok_or_else(|| {
+                self.broken(format!(
+                    "tensor {name} of type {kind} has the shape {dimensions:?}"
+                ))
+            })?;
+        Ok(TensorInfo {
+            name,
+            dimensions,
+            kind,
+            offset,
+            size,
+        })
     }
 }

@@ -75,7 +75,10 @@ impl TensorType {
 
     /// The type with this name, in any case.
     pub fn from_name(name: &str) -> Option<Self> {
-        Self::ALL.iter().copied().find(|kind| kind.name().eq_ignore_ascii_case(name))
+        Self::ALL
+            .iter()
+            .copied()
+            .find(|kind| kind.name().eq_ignore_ascii_case(name))
     }
 
     /// The number that stands for the type in a file, ggml's `ggml_type`.
@@ -126,10 +129,18 @@ mod tests {
         for id in 0..llama_cpp_sys_2::GGML_TYPE_COUNT {
             // SAFETY: every number below GGML_TYPE_COUNT is a valid index of ggml's own table.
             #[expect(unsafe_code, reason = "asks the linked ggml")]
-            let (block, bytes) =
-                unsafe { (llama_cpp_sys_2::ggml_blck_size(id), llama_cpp_sys_2::ggml_type_size(id)) };
+            let (block, bytes) = unsafe {
+                (
+                    llama_cpp_sys_2::ggml_blck_size(id),
+                    llama_cpp_sys_2::ggml_type_size(id),
+                )
+            };
             let ours = TensorType::from_id(id as u32).map(|kind| (kind.block_elements(), kind.block_bytes()));
-            assert_eq!(ours, (block > 0).then_some((block as u64, bytes as u64)), "type {id}");
+            assert_eq!(
+                ours,
+                (block > 0).then_some((block as u64, bytes as u64)),
+                "type {id}"
+            );
         }
     }
 }

@@ -90,8 +90,9 @@ impl Value {
 }
 
 /// The names of the value types by their number.
-pub(super) const TYPE_NAMES: [&str; 13] =
-    ["u8", "i8", "u16", "i16", "u32", "i32", "f32", "bool", "string", "array", "u64", "i64", "f64"];
+pub(super) const TYPE_NAMES: [&str; 13] = [
+    "u8", "i8", "u16", "i16", "u32", "i32", "f32", "bool", "string", "array", "u64", "i64", "f64",
+];
 
 impl Array {
     /// The number of the elements' type in a file.

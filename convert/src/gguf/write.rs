@@ -4,7 +4,9 @@
 use std::collections::HashSet;
 use std::io::{self, Write};
 
-use super::{ALIGNMENT, Array, GgufError, MAGIC, MAX_DIMENSIONS, MAX_TENSOR_NAME, TensorType, VERSION, Value};
+use super::{
+    ALIGNMENT, Array, GgufError, MAGIC, MAX_DIMENSIONS, MAX_TENSOR_NAME, TensorType, VERSION, Value,
+};
 
 /// What will stand in a file.
 #[derive(Debug, Clone, PartialEq, Default)]
@@ -29,8 +31,13 @@ pub struct TensorPlan {
 impl TensorPlan {
     /// The number of bytes; nothing when a row is no whole number of blocks, or the size overflows.
     pub fn size(&self) -> Option<u64> {
-        let row = self.kind.row_bytes(self.dimensions.first().copied().unwrap_or(1))?;
-        self.dimensions.iter().skip(1).try_fold(row, |bytes, &n| bytes.checked_mul(n))
+        let row = self
+            .kind
+            .row_bytes(self.dimensions.first().copied().unwrap_or(1))?;
+        self.dimensions
+            .iter()
+            .skip(1)
+            .try_fold(row, |bytes, &n| bytes.checked_mul(n))
     }
 }
 
@@ -38,7 +45,11 @@ impl Header {
     /// The size in bytes that the file will have.
     pub fn file_size(&self) -> Result<u64, GgufError> {
         let (header, sizes) = self.encode()?;
-        Ok(header.len() as u64 + sizes.iter().map(|size| size.next_multiple_of(ALIGNMENT)).sum::<u64>())
+        Ok(header.len() as u64
+            + sizes
+                .iter()
+                .map(|size| size.next_multiple_of(ALIGNMENT))
+                .sum::<u64>())
     }
 
     /// The bytes before the data section, and the size of each tensor.
@@ -65,16 +76,26 @@ impl Header {
         let mut sizes = Vec::with_capacity(self.tensors.len());
         let mut offset = 0u64;
         for tensor in &self.tensors {
-            let TensorPlan { name, dimensions, kind } = tensor;
+            let TensorPlan {
+                name,
+                dimensions,
+                kind,
+            } = tensor;
             if !names.insert(name) {
                 return bad(format!("the tensor {name} is given twice"));
             }
             if name.len() > MAX_TENSOR_NAME || dimensions.is_empty() || dimensions.len() > MAX_DIMENSIONS {
-                return bad(format!("tensor {name} has {} dimensions and {} bytes of name", dimensions.len(), name.len()));
+                return bad(format!(
+                    "tensor {name} has {} dimensions and {} bytes of name",
+                    dimensions.len(),
+                    name.len()
+                ));
             }
             let size = tensor.size().filter(|size| *size <= i64::MAX as u64 / 2);
             let Some(size) = size else {
-                return bad(format!("tensor {name} of shape {dimensions:?} is no whole number of {kind} blocks"));
+                return bad(format!(
+                    "tensor {name} of shape {dimensions:?} is no whole number of {kind} blocks"
+                ));
             };
             put_string(&mut out, name);
             out.extend((dimensions.len() as u32).to_le_bytes());
@@ -110,7 +131,13 @@ impl<W: Write> Writer<W> {
         let (bytes, sizes) = header.encode()?;
         out.write_all(&bytes)?;
         let names = header.tensors.iter().map(|tensor| tensor.name.clone()).collect();
-        let mut writer = Self { out, names, sizes, at: 0, written: 0 };
+        let mut writer = Self {
+            out,
+            names,
+            sizes,
+            at: 0,
+            written: 0,
+        };
         writer.skip_complete()?;
         Ok(writer)
     }
@@ -121,12 +148,16 @@ impl<W: Write> Writer<W> {
             return Ok(());
         }
         if self.names.get(self.at).map(String::as_str) != Some(name) {
-            return Err(GgufError::Unwritable(format!("it is not the turn of tensor {name}")));
+            return Err(GgufError::Unwritable(format!(
+                "it is not the turn of tensor {name}"
+            )));
         }
         self.written += bytes.len() as u64;
         if self.written > self.sizes[self.at] {
             let size = self.sizes[self.at];
-            return Err(GgufError::Unwritable(format!("tensor {name} has more than its {size} bytes")));
+            return Err(GgufError::Unwritable(format!(
+                "tensor {name} has more than its {size} bytes"
+            )));
         }
         self.out.write_all(bytes)?;
         Ok(self.skip_complete()?)
@@ -136,7 +167,9 @@ impl<W: Write> Writer<W> {
     pub fn finish(mut self) -> Result<W, GgufError> {
         if let Some(name) = self.names.get(self.at) {
             let (written, size) = (self.written, self.sizes[self.at]);
-            return Err(GgufError::Unwritable(format!("tensor {name} has {written} of its {size} bytes")));
+            return Err(GgufError::Unwritable(format!(
+                "tensor {name} has {written} of its {size} bytes"
+            )));
         }
         self.out.flush()?;
         Ok(self.out)

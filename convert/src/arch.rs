@@ -1,0 +1,217 @@
+//! What the program knows of each architecture: the names, shapes and order of its tensors on both sides, and
+//! how `config.json` and the keys of a GGUF file translate into each other.
+//!
+//! One file per architecture; [`ALL`] is the list that `pipit-convert archs` prints.
+
+pub mod llama;
+
+use serde_json::{Map, Value as Json};
+
+use crate::gguf::{Gguf, GgufError, Value};
+
+/// All architectures that are built.
+pub const ALL: &[&Architecture] = &[&llama::LLAMA];
+
+/// One architecture: a table of functions, so that a new one is one new file.
+#[derive(Debug)]
+pub struct Architecture {
+    /// The name in `general.architecture` of a GGUF file.
+    pub name: &'static str,
+    /// The names in `architectures` of `config.json`. The first one is written by `import`.
+    pub hugging_face: &'static [&'static str],
+    /// `config.json` to the tensors that the checkpoint must have.
+    pub tensors: fn(config: &Map<String, Json>) -> Result<Vec<TensorRule>, ArchError>,
+    /// `config.json` to tensors that only the GGUF file has, such as `rope_freqs.weight`.
+    pub extra_tensors: fn(config: &Map<String, Json>) -> Result<Vec<ExtraTensor>, ArchError>,
+    /// `config.json` to the keys of a GGUF file that start with the architecture's name.
+    pub metadata: fn(config: &Map<String, Json>) -> Result<Vec<(String, Value)>, ArchError>,
+    /// The keys of a GGUF file to `config.json`, without the names of tokens and types.
+    pub config: fn(gguf: &Gguf) -> Result<Map<String, Json>, ArchError>,
+}
+
+/// One tensor on both sides.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TensorRule {
+    /// The name in the checkpoint.
+    pub hf: String,
+    /// The name in the GGUF file.
+    pub gguf: String,
+    /// The shape in the checkpoint: `[rows, columns]`, or `[elements]`.
+    pub shape: Vec<usize>,
+    /// How the rows are ordered in the GGUF file.
+    pub rows: RowOrder,
+}
+
+/// A tensor that stands only in the GGUF file. It is F32 and has one dimension.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ExtraTensor {
+    /// The name in the GGUF file.
+    pub gguf: String,
+    /// The elements.
+    pub values: Vec<f32>,
+}
+
+/// The order of a tensor's rows in the GGUF file, given those of the checkpoint.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RowOrder {
+    /// The same.
+    Same,
+    /// Hugging Face rotates the first half of a head against the second half, the original llama and llama.cpp
+    /// rotate neighbours: within each head of `head_dim` rows, row `2j + p` of the GGUF file is row
+    /// `p·head_dim/2 + j` of the checkpoint.
+    Interleaved {
+        /// The number of rows of a head.
+        head_dim: usize,
+    },
+}
+
+impl RowOrder {
+    /// The row of the checkpoint that stands at `row` in the GGUF file.
+    pub fn to_hf(self, row: usize) -> usize {
+        match self {
+            Self::Same => row,
+            Self::Interleaved { head_dim } => {
+                let (head, within) = (row / head_dim, row % head_dim);
+                head * head_dim + (within % 2) * (head_dim / 2) + within / 2
+            }
+        }
+    }
+
+    /// The row of the GGUF file that stands at `row` in the checkpoint.
+    pub fn to_gguf(self, row: usize) -> usize {
+        match self {
+            Self::Same => row,
+            Self::Interleaved { head_dim } => {
+                let (head, within) = (row / head_dim, row % head_dim);
+                head * head_dim + 2 * (within % (head_dim / 2)) + within / (head_dim / 2)
+            }
+        }
+    }
+}
+
+/// What can be wrong with a configuration.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ArchError {
+    /// No architecture of this name is built.
+    #[error("the architecture {name} is not supported\nhint: built so far: {}", built())]
+    Unknown {
+        /// The name that was found.
+        name: String,
+    },
+    /// A key of `config.json` is missing or cannot be used.
+    #[error("config.json: {key} {why}")]
+    Config {
+        /// The key.
+        key: String,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// A key of the GGUF file is missing or cannot be used.
+    #[error(transparent)]
+    Gguf(#[from] GgufError),
+    /// The model has something that is not built for this architecture.
+    #[error("{0}")]
+    Unsupported(String),
+}
+
+fn built() -> String {
+    let names: Vec<_> = ALL
+        .iter()
+        .map(|arch| format!("{} ({})", arch.name, arch.hugging_face.join(", ")))
+        .collect();
+    names.join("; ")
+}
+
+/// The architecture with this name in a GGUF file.
+pub fn of_gguf(name: &str) -> Result<&'static Architecture, ArchError> {
+    ALL.iter()
+        .find(|arch| arch.name == name)
+        .copied()
+        .ok_or_else(|| ArchError::Unknown {
+            name: name.to_owned(),
+        })
+}
+
+/// The architecture that a `config.json` names.
+pub fn of_config(config: &Map<String, Json>) -> Result<&'static Architecture, ArchError> {
+    let name = config
+        .get("architectures")
+        .and_then(|names| names.get(0))
+        .and_then(Json::as_str)
+        .ok_or_else(|| ArchError::Config {
+            key: "architectures".into(),
+            why: "names no architecture".into(),
+        })?;
+    ALL.iter()
+        .find(|arch| arch.hugging_face.contains(&name))
+        .copied()
+        .ok_or_else(|| ArchError::Unknown {
+            name: name.to_owned(),
+        })
+}
+
+/// Reads numbers out of `config.json`.
+pub(crate) struct Config<'a>(pub &'a Map<String, Json>);
+
+impl Config<'_> {
+    /// A key's value; `null` counts as missing.
+    pub(crate) fn get(&self, key: &str) -> Option<&Json> {
+        self.0.get(key).filter(|value| !value.is_null())
+    }
+
+    pub(crate) fn error(&self, key: &str, why: impl Into<String>) -> ArchError {
+        ArchError::Config {
+            key: key.to_owned(),
+            why: why.into(),
+        }
+    }
+
+    /// A whole number from 1 to 2³¹.
+    pub(crate) fn size(&self, key: &str) -> Result<usize, ArchError> {
+        self.size_opt(key)?.ok_or_else(|| self.error(key, "is missing"))
+    }
+
+    pub(crate) fn size_opt(&self, key: &str) -> Result<Option<usize>, ArchError> {
+        let Some(value) = self.get(key) else {
+            return Ok(None);
+        };
+        match value.as_u64() {
+            Some(n) if (1..=1 << 31).contains(&n) => Ok(Some(n as usize)),
+            _ => Err(self.error(key, format!("is {value}, not a size"))),
+        }
+    }
+
+    pub(crate) fn number_opt(&self, key: &str) -> Result<Option<f64>, ArchError> {
+        let Some(value) = self.get(key) else {
+            return Ok(None);
+        };
+        match value.as_f64() {
+            Some(n) if n.is_finite() => Ok(Some(n)),
+            _ => Err(self.error(key, format!("is {value}, not a number"))),
+        }
+    }
+
+    pub(crate) fn flag(&self, key: &str) -> Result<bool, ArchError> {
+        match self.get(key) {
+            None => Ok(false),
+            Some(Json::Bool(value)) => Ok(*value),
+            Some(value) => Err(self.error(key, format!("is {value}, not true or false"))),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_two_row_orders_undo_each_other() {
+        let order = RowOrder::Interleaved { head_dim: 6 };
+        let mapped: Vec<_> = (0..12).map(|row| order.to_hf(row)).collect();
+        assert_eq!(mapped, [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]);
+        for row in 0..60 {
+            assert_eq!(order.to_gguf(order.to_hf(row)), row);
+        }
+    }
+}

@@ -1,0 +1,118 @@
+//! The command line: what is common to all subcommands.
+
+mod archs;
+mod bar;
+mod import;
+mod inspect;
+mod model;
+
+use std::path::Path;
+use std::process::ExitCode;
+
+use anyhow::bail;
+use clap::{Parser, Subcommand};
+
+/// What the shell sees of a program that Ctrl-C ended.
+const INTERRUPTED: u8 = 130;
+
+/// Checkpoints and LoRA adapters to quantised GGUF files, and back.
+#[derive(Debug, Parser)]
+#[command(name = "pipit-convert", version, propagate_version = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+    /// One JSON object on stdout instead of text
+    #[arg(long, global = true)]
+    json: bool,
+    /// Tell more (-v, -vv)
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    verbose: u8,
+    /// Tell only what went wrong
+    #[arg(short, long, global = true, conflicts_with = "verbose")]
+    quiet: bool,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Import(import::Args),
+    Model(model::Args),
+    Inspect(inspect::Args),
+    Archs(archs::Args),
+}
+
+/// What every subcommand gets besides its own arguments.
+struct Context {
+    json: bool,
+    quiet: bool,
+}
+
+/// Parses the command line and runs it. Exit codes: 0 done, 1 failed, 2 usage, 130 interrupted.
+pub(crate) fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let level = match (cli.quiet, cli.verbose) {
+        (true, _) => "error",
+        (_, 0) => "warn",
+        (_, 1) => "info",
+        _ => "debug",
+    };
+    tracing_subscriber::fmt()
+        .with_env_filter(tracing_subscriber::EnvFilter::new(level))
+        .with_writer(std::io::stderr)
+        .without_time()
+        .with_target(false)
+        .init();
+    bar::stop_on_signals();
+    let context = Context {
+        json: cli.json,
+        quiet: cli.quiet,
+    };
+    let done = match cli.command {
+        Command::Import(args) => import::run(&args, &context),
+        Command::Model(args) => model::run(&args, &context),
+        Command::Inspect(args) => inspect::run(&args, &context),
+        Command::Archs(args) => archs::run(&args, &context),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e)
+            if e.downcast_ref::<std::io::Error>()
+                .is_some_and(|e| e.kind() == std::io::ErrorKind::BrokenPipe) =>
+        {
+            ExitCode::SUCCESS
+        }
+        Err(e) => {
+            eprintln!("error: {e:#}");
+            if bar::stopped() {
+                ExitCode::from(INTERRUPTED)
+            } else {
+                ExitCode::FAILURE
+            }
+        }
+    }
+}
+
+/// Refuses to write over something, unless told to, and to write where there is no folder.
+fn check_output(path: &Path, force: bool) -> anyhow::Result<()> {
+    if path.file_name().is_none() {
+        bail!(
+            "{} is no place for a result\nhint: name the file or folder that is to be written",
+            path.display()
+        );
+    }
+    if path.symlink_metadata().is_ok() && !force {
+        bail!("{} exists already\nhint: --force replaces it", path.display());
+    }
+    let above = path.parent().filter(|above| !above.as_os_str().is_empty());
+    if above.is_some_and(|above| !above.is_dir()) {
+        bail!(
+            "the folder for {} does not exist\nhint: mkdir -p makes it",
+            path.display()
+        );
+    }
+    Ok(())
+}
+
+/// `1.2 MiB`.
+fn size(bytes: u64) -> String {
+    indicatif::BinaryBytes(bytes).to_string()
+}

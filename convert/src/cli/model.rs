@@ -1,0 +1,150 @@
+//! `pipit-convert model`
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use anyhow::bail;
+use pipit_convert::adapter::PeftAdapter;
+use pipit_convert::checkpoint::Checkpoint;
+use pipit_convert::gguf::TensorType;
+use pipit_convert::merge::ScaledAdapter;
+use pipit_convert::model::Plan;
+use pipit_convert::quantize;
+use serde_json::json;
+
+use super::bar::Bar;
+use super::{Context, check_output, size};
+
+/// Make a GGUF file out of a checkpoint, with LoRA adapters merged into it
+///
+/// The tensors are bit for bit those of llama.cpp's own converter. Adapters are merged in f32 before anything is
+/// rounded. The file also says what it was made of: pipit.version, pipit.source.* and pipit.adapter.* hold the
+/// names and sha256 sums.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:
+  pipit-convert model smollm2 -o smollm2.gguf
+  pipit-convert model smollm2 --adapter run -t Q8_0 -o smart-home.gguf
+  pipit-convert model smollm2 --adapter style=0.5 --adapter run -t F16 -o mixed.gguf
+  pipit-convert model smollm2 -t BF16 --dry-run")]
+pub(super) struct Args {
+    /// A Hugging Face checkpoint folder
+    checkpoint: PathBuf,
+    /// The file to write
+    #[arg(short, long, value_name = "OUT.gguf", required_unless_present = "dry_run")]
+    output: Option<PathBuf>,
+    /// The type of the matrices: F32, F16, BF16 or Q8_0, in any case. Vectors are always F32
+    #[arg(short = 't', long = "type", value_name = "TYPE", default_value = "Q8_0", value_parser = parse_type)]
+    kind: TensorType,
+    /// A PEFT adapter folder to merge; =SCALE multiplies its own scale. Can be given several times
+    #[arg(long = "adapter", value_name = "DIR[=SCALE]")]
+    adapters: Vec<String>,
+    /// Print what would be written, and write nothing
+    #[arg(long)]
+    dry_run: bool,
+    /// Replace the file if it exists
+    #[arg(long)]
+    force: bool,
+}
+
+fn parse_type(name: &str) -> Result<TensorType, quantize::QuantizeError> {
+    quantize::target(name)
+}
+
+/// `DIR` or `DIR=SCALE`. A folder whose own name has a `=` is found too.
+fn open_adapter(text: &str) -> anyhow::Result<ScaledAdapter> {
+    let (dir, scale) = match text.rsplit_once('=') {
+        Some((dir, scale)) if !Path::new(text).exists() => match scale.parse::<f32>() {
+            Ok(scale) if scale.is_finite() => (dir, scale),
+            _ => bail!("--adapter {text}: {scale:?} is no scale\nhint: --adapter DIR=0.5"),
+        },
+        _ => (text, 1.0),
+    };
+    Ok(ScaledAdapter {
+        adapter: PeftAdapter::open(Path::new(dir))?,
+        scale,
+    })
+}
+
+pub(super) fn run(args: &Args, context: &Context) -> anyhow::Result<()> {
+    let started = Instant::now();
+    if let Some(output) = &args.output
+        && !args.dry_run
+    {
+        check_output(output, args.force)?;
+    }
+    if args.checkpoint.is_file() {
+        bail!(
+            "{} is a file: converting from a GGUF file is not built yet\nhint: pipit-convert import {0} -o DIR makes a checkpoint of it",
+            args.checkpoint.display()
+        );
+    }
+    let checkpoint = Checkpoint::open(&args.checkpoint)?;
+    let adapters = args
+        .adapters
+        .iter()
+        .map(|text| open_adapter(text))
+        .collect::<anyhow::Result<Vec<_>>>()?;
+    let mut plan = Plan::new(&checkpoint, &adapters, args.kind)?;
+    let Some(output) = args.output.as_ref().filter(|_| !args.dry_run) else {
+        return print_plan(&plan, context);
+    };
+    plan.add_provenance(&adapters)?;
+    let merged = plan.table().iter().filter(|tensor| tensor.merged).count();
+    let bytes = plan.write(output, &Bar::new(context.quiet))?;
+    let seconds = started.elapsed().as_secs_f64();
+    let tensors = plan.header.tensors.len();
+    let mut stdout = std::io::stdout().lock();
+    if context.json {
+        let report = json!({
+            "output": output, "architecture": plan.architecture.name, "type": args.kind.name(), "tensors": tensors,
+            "merged": merged, "bytes": bytes, "seconds": seconds,
+        });
+        writeln!(stdout, "{report}")?;
+    } else {
+        let merges = if adapters.is_empty() {
+            String::new()
+        } else {
+            format!(", {merged} with an adapter merged")
+        };
+        writeln!(
+            stdout,
+            "{}: {} of {}, {tensors} tensors{merges}, in {seconds:.1} s",
+            output.display(),
+            size(bytes),
+            args.kind
+        )?;
+    }
+    Ok(())
+}
+
+fn print_plan(plan: &Plan<'_>, context: &Context) -> anyhow::Result<()> {
+    let (table, bytes) = (plan.table(), plan.file_size()?);
+    let mut stdout = std::io::stdout().lock();
+    if context.json {
+        let report = json!({"architecture": plan.architecture.name, "bytes": bytes, "tensors": table});
+        writeln!(stdout, "{report}")?;
+        return Ok(());
+    }
+    let width = table.iter().map(|tensor| tensor.name.len()).max().unwrap_or(0);
+    for tensor in &table {
+        let dimensions: Vec<_> = tensor.dimensions.iter().map(u64::to_string).collect();
+        let from = tensor.from.as_deref().unwrap_or("(computed)");
+        let adapter = if tensor.merged { " + adapter" } else { "" };
+        writeln!(
+            stdout,
+            "{:width$}  {:5} {:>14}  {:>10}  {from}{adapter}",
+            tensor.name,
+            tensor.kind,
+            dimensions.join("×"),
+            size(tensor.bytes),
+        )?;
+    }
+    writeln!(
+        stdout,
+        "{} tensors, {} (without provenance); nothing was written",
+        table.len(),
+        size(bytes)
+    )?;
+    Ok(())
+}
