@@ -114,8 +114,7 @@ fn a_published_gguf_is_imported_fine_tuned_quantised_and_served() -> Result<()> 
     );
     assert_eq!(first, asked()?, "the same prompt gets the same answer");
 
-    let body =
-        json!({"messages": [{"role": "system", "content": SYSTEM}, {"role": "user", "content": PROMPT}]});
+    let body = json!({"messages": [{"role": "system", "content": SYSTEM}, {"role": "user", "content": PROMPT}], "temperature": 0});
     let answer = broker
         .request(&device.topic("req"), "reply/me", &body.to_string(), PATIENCE)?
         .success()?;
