@@ -195,6 +195,7 @@ mod tests {
         assert_eq!(size_label(134_515_008), "135M");
         assert_eq!(size_label(1_235_814_400), "1.2B");
         assert_eq!(size_label(26_112), "26K");
-        assert_eq!(size_label(980), "0.98K");
+        assert_eq!(size_label(980), "1.0K");
+        assert_eq!(size_label(200), "0.20K");
     }
 }

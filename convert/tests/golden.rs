@@ -1,0 +1,256 @@
+//! Our GGUF files against those of llama.cpp's convert_hf_to_gguf.py and `llama_model_quantize`, tensor by tensor and
+//! key by key; merged adapters against PEFT. The fixtures are made by tests/references/make_fixtures.py.
+
+mod support;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::CString;
+
+use pipit_convert::adapter::PeftAdapter;
+use pipit_convert::arch::{RowOrder, llama};
+use pipit_convert::checkpoint::{Checkpoint, TensorFiles};
+use pipit_convert::gguf::{Array, Gguf, TensorType, Value};
+use pipit_convert::merge::ScaledAdapter;
+use serde_json::{Value as Json, json};
+use sha2::{Digest, Sha256};
+use support::{convert, fixture, floats};
+
+const KINDS: [(TensorType, &str); 4] = [
+    (TensorType::F32, "f32"),
+    (TensorType::F16, "f16"),
+    (TensorType::BF16, "bf16"),
+    (TensorType::Q8_0, "q8_0"),
+];
+
+/// Keys that we write and convert_hf_to_gguf.py does not write for these fixtures.
+const ONLY_OURS: &[&str] = &[
+    // The loader's default depends on the name of the pre-tokenizer, so both are always written.
+    "tokenizer.ggml.add_bos_token",
+    "tokenizer.ggml.add_eos_token",
+    // Without it the loader takes any token from a list of texts, whichever its hash map yields first.
+    "tokenizer.ggml.eot_token_id",
+    // Where the file comes from.
+    "pipit.version",
+    "pipit.source.files",
+    "pipit.source.sha256",
+];
+
+/// Keys that convert_hf_to_gguf.py writes and we do not.
+const ONLY_THEIRS: &[&str] = &[
+    // Read off the template for pairs of texts, which no language model uses; the loader's default is the same.
+    "tokenizer.ggml.add_sep_token",
+];
+
+fn sha256(bytes: &[u8]) -> String {
+    Sha256::digest(bytes)
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect()
+}
+
+fn expected(name: &str) -> Json {
+    serde_json::from_str(&std::fs::read_to_string(fixture(name).join("expected.json")).unwrap()).unwrap()
+}
+
+fn check_against_convert_hf(name: &str) {
+    let expected = expected(name);
+    let scratch = tempfile::tempdir().unwrap();
+    for (kind, theirs) in KINDS {
+        let gguf = convert(&fixture(name), &[], kind, &scratch.path().join(theirs)).unwrap();
+        let ours: BTreeMap<_, _> = gguf
+            .tensors()
+            .iter()
+            .map(|tensor| {
+                let found = json!({"type": tensor.kind.name(), "dimensions": tensor.dimensions,
+                    "sha256": sha256(gguf.data(tensor))});
+                (tensor.name.clone(), found)
+            })
+            .collect();
+        let theirs: BTreeMap<String, Json> =
+            serde_json::from_value(expected["tensors"][theirs].clone()).unwrap();
+        assert_eq!(ours, theirs, "{kind}");
+    }
+}
+
+#[test]
+fn tied_tensors_are_llama_cpps_bit_for_bit() {
+    check_against_convert_hf("tied");
+}
+
+#[test]
+fn untied_tensors_with_biases_and_scaled_frequencies_are_llama_cpps_bit_for_bit() {
+    check_against_convert_hf("untied");
+}
+
+fn spelled(value: &Value) -> Json {
+    let (kind, array, value) = match value {
+        Value::U32(v) => ("UINT32", false, json!(v)),
+        Value::I32(v) => ("INT32", false, json!(v)),
+        Value::F32(v) => ("FLOAT32", false, json!(f64::from(*v))),
+        Value::Bool(v) => ("BOOL", false, json!(v)),
+        Value::String(v) => ("STRING", false, json!(v)),
+        Value::Array(Array::String(v)) => ("STRING", true, json!(v)),
+        Value::Array(Array::I32(v)) => ("INT32", true, json!(v)),
+        other => panic!("a key of another type: {other:?}"),
+    };
+    json!({"type": kind, "array": array, "value": value})
+}
+
+#[test]
+fn keys_are_those_of_convert_hf_to_gguf() {
+    let scratch = tempfile::tempdir().unwrap();
+    for name in ["tied", "untied"] {
+        let gguf = convert(&fixture(name), &[], TensorType::Q8_0, &scratch.path().join(name)).unwrap();
+        let expected = expected(name);
+        let theirs = expected["keys"].as_object().unwrap();
+        for (key, value) in theirs {
+            match gguf.get(key) {
+                Some(ours) => assert_eq!(&spelled(ours), value, "{name}: {key}"),
+                None => assert!(ONLY_THEIRS.contains(&key.as_str()), "{name}: {key} is missing"),
+            }
+        }
+        for (key, _) in gguf.metadata() {
+            assert!(
+                theirs.contains_key(key) || ONLY_OURS.contains(&key.as_str()),
+                "{name}: {key} is new"
+            );
+        }
+    }
+}
+
+#[test]
+fn quantised_tensors_are_those_of_llama_model_quantize() {
+    let scratch = tempfile::tempdir().unwrap();
+    let f32 = scratch.path().join("f32");
+    convert(&fixture("tied"), &[], TensorType::F32, &f32).unwrap();
+    let path = |path: &std::path::Path| CString::new(path.to_str().unwrap()).unwrap();
+    for (kind, file_type) in [
+        (TensorType::F16, llama_cpp_sys_2::LLAMA_FTYPE_MOSTLY_F16),
+        (TensorType::BF16, llama_cpp_sys_2::LLAMA_FTYPE_MOSTLY_BF16),
+        (TensorType::Q8_0, llama_cpp_sys_2::LLAMA_FTYPE_MOSTLY_Q8_0),
+    ] {
+        let theirs = scratch.path().join("theirs");
+        // SAFETY: both paths are C strings that outlive the call, and the parameters are the defaults but for the
+        // type.
+        #[expect(unsafe_code, reason = "the reference is C")]
+        let failed = unsafe {
+            let mut params = llama_cpp_sys_2::llama_model_quantize_default_params();
+            params.ftype = file_type;
+            llama_cpp_sys_2::llama_model_quantize(path(&f32).as_ptr(), path(&theirs).as_ptr(), &params)
+        };
+        assert_eq!(failed, 0);
+        let theirs = Gguf::open(&theirs).unwrap();
+        let ours = convert(&fixture("tied"), &[], kind, &scratch.path().join("ours")).unwrap();
+        assert_eq!(ours.tensors().len(), theirs.tensors().len());
+        for tensor in theirs.tensors() {
+            let mine = ours.tensor(&tensor.name).unwrap();
+            assert_eq!(
+                (mine.kind, &mine.dimensions),
+                (tensor.kind, &tensor.dimensions),
+                "{}",
+                tensor.name
+            );
+            assert!(
+                ours.data(mine) == theirs.data(tensor),
+                "{kind}: {} differs",
+                tensor.name
+            );
+        }
+    }
+}
+
+/// PEFT's merged weights against ours, in the checkpoint's order of rows.
+fn check_merge(name: &str, user_scale: f32) {
+    let base = Checkpoint::open(&fixture("tied")).unwrap();
+    let merged = TensorFiles::open(&fixture("adapters").join(name).join("merged.safetensors")).unwrap();
+    let open = || PeftAdapter::open(&fixture("adapters").join(name)).unwrap();
+    let scratch = tempfile::tempdir().unwrap();
+    let adapters = [ScaledAdapter {
+        adapter: open(),
+        scale: user_scale,
+    }];
+    let gguf = convert(
+        &fixture("tied"),
+        &adapters,
+        TensorType::F32,
+        &scratch.path().join("merged.gguf"),
+    )
+    .unwrap();
+    let plain = convert(
+        &fixture("tied"),
+        &[],
+        TensorType::F32,
+        &scratch.path().join("plain.gguf"),
+    )
+    .unwrap();
+    let mut changed = BTreeSet::new();
+    for rule in (llama::LLAMA.tensors)(base.config()).unwrap() {
+        let ours = floats(&gguf, &rule.gguf);
+        if !merged.contains(&rule.hf) {
+            assert_eq!(ours, floats(&plain, &rule.gguf), "{} changed", rule.hf);
+            continue;
+        }
+        changed.insert(rule.hf.clone());
+        let theirs = merged.tensor(&rule.hf).unwrap().to_f32().unwrap();
+        let before = base.tensor(&rule.hf).unwrap().to_f32().unwrap();
+        let columns = rule.shape[1];
+        for (row, ours) in ours.chunks_exact(columns).enumerate() {
+            let at = rule.rows.to_hf(row) * columns;
+            for (i, ours) in ours.iter().enumerate() {
+                let (before, theirs) = (before[at + i], theirs[at + i]);
+                let wanted = before + user_scale * (theirs - before);
+                assert!(
+                    (ours - wanted).abs() <= 1e-6 * wanted.abs().max(1.0),
+                    "{}: {ours} {wanted}",
+                    rule.hf
+                );
+            }
+        }
+        assert!(rule.rows == RowOrder::Same || rule.hf.contains("q_proj") || rule.hf.contains("k_proj"));
+    }
+    assert_eq!(changed.len(), merged.names().count());
+    assert_eq!(changed.len(), open().modules().len());
+}
+
+#[test]
+fn a_merged_adapter_is_pefts() {
+    check_merge("plain", 1.0);
+}
+
+#[test]
+fn rank_stabilised_scale_and_patterns_are_pefts() {
+    check_merge("rslora", 1.0);
+}
+
+#[test]
+fn the_users_scale_multiplies() {
+    check_merge("plain", -0.5);
+}
+
+#[test]
+fn several_adapters_add_up() {
+    let scratch = tempfile::tempdir().unwrap();
+    let open = |name: &str, scale| ScaledAdapter {
+        adapter: PeftAdapter::open(&fixture("adapters").join(name)).unwrap(),
+        scale,
+    };
+    let convert = |adapters: &[ScaledAdapter], name: &str| {
+        convert(
+            &fixture("tied"),
+            adapters,
+            TensorType::F32,
+            &scratch.path().join(name),
+        )
+        .unwrap()
+    };
+    let both = convert(
+        &[open("plain", 1.0), open("rslora", 0.5), open("plain", -1.0)],
+        "both",
+    );
+    let one = convert(&[open("rslora", 0.5)], "one");
+    for tensor in one.tensors() {
+        for (a, b) in floats(&both, &tensor.name).iter().zip(floats(&one, &tensor.name)) {
+            assert!((a - b).abs() < 1e-6, "{}", tensor.name);
+        }
+    }
+}

@@ -1,0 +1,83 @@
+//! What the integration tests share.
+
+#![allow(dead_code, reason = "every test program uses a part of it")]
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use pipit_convert::checkpoint::Checkpoint;
+use pipit_convert::gguf::{Gguf, TensorType};
+use pipit_convert::merge::ScaledAdapter;
+use pipit_convert::model::{ModelError, Plan};
+use pipit_convert::progress::Silent;
+
+pub(crate) fn fixture(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/fixtures")
+        .join(name)
+}
+
+/// Converts a checkpoint as the program does.
+pub(crate) fn convert(
+    dir: &Path,
+    adapters: &[ScaledAdapter],
+    kind: TensorType,
+    out: &Path,
+) -> Result<Gguf, ModelError> {
+    let checkpoint = Checkpoint::open(dir)?;
+    let mut plan = Plan::new(&checkpoint, adapters, kind)?;
+    plan.add_provenance(adapters)?;
+    let size = plan.write(out, &Silent)?;
+    let gguf = Gguf::open(out).unwrap();
+    assert_eq!(gguf.file_size(), size);
+    Ok(gguf)
+}
+
+/// The elements of an F32 tensor.
+pub(crate) fn floats(gguf: &Gguf, name: &str) -> Vec<f32> {
+    let tensor = gguf.tensor(name).unwrap();
+    assert_eq!(tensor.kind, TensorType::F32);
+    gguf.data(tensor)
+        .chunks_exact(4)
+        .map(|b| f32::from_le_bytes(b.try_into().unwrap()))
+        .collect()
+}
+
+/// Runs the program.
+pub(crate) fn pipit_convert(args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_pipit-convert"))
+        .args(args)
+        .output()
+        .unwrap()
+}
+
+pub(crate) fn stderr(output: &Output) -> String {
+    String::from_utf8(output.stderr.clone()).unwrap()
+}
+
+/// The names in a folder, hidden ones too, sorted.
+pub(crate) fn names(dir: &Path) -> Vec<String> {
+    let mut names: Vec<_> = std::fs::read_dir(dir)
+        .unwrap()
+        .map(|e| e.unwrap().file_name().into_string().unwrap())
+        .collect();
+    names.sort();
+    names
+}
+
+/// SmolLM2-135M-Instruct, which ./check fetches.
+pub(crate) fn smollm2() -> PathBuf {
+    let path = std::env::var_os("PIPIT_TEST_MODEL")
+        .map(PathBuf::from)
+        .unwrap_or_else(|| {
+            let home = || PathBuf::from(std::env::var_os("HOME").unwrap_or_default()).join(".cache");
+            let cache = std::env::var_os("XDG_CACHE_HOME").map_or_else(home, PathBuf::from);
+            cache.join("pipit/SmolLM2-135M-Instruct.Q4_1.gguf")
+        });
+    assert!(
+        path.is_file(),
+        "{} is not there: ./check fetches it; PIPIT_TEST_MODEL names another place",
+        path.display()
+    );
+    path
+}
