@@ -12,6 +12,9 @@ use crate::gguf::{Gguf, GgufError, Value};
 /// All architectures that are built.
 pub const ALL: &[&Architecture] = &[&llama::LLAMA];
 
+/// What follows from a `config.json`.
+pub type FromConfig<T> = fn(config: &Map<String, Json>) -> Result<T, ArchError>;
+
 /// One architecture: a table of functions, so that a new one is one new file.
 #[derive(Debug)]
 pub struct Architecture {
@@ -20,11 +23,11 @@ pub struct Architecture {
     /// The names in `architectures` of `config.json`. The first one is written by `import`.
     pub hugging_face: &'static [&'static str],
     /// `config.json` to the tensors that the checkpoint must have.
-    pub tensors: fn(config: &Map<String, Json>) -> Result<Vec<TensorRule>, ArchError>,
+    pub tensors: FromConfig<Vec<TensorRule>>,
     /// `config.json` to tensors that only the GGUF file has, such as `rope_freqs.weight`.
-    pub extra_tensors: fn(config: &Map<String, Json>) -> Result<Vec<ExtraTensor>, ArchError>,
+    pub extra_tensors: FromConfig<Vec<ExtraTensor>>,
     /// `config.json` to the keys of a GGUF file that start with the architecture's name.
-    pub metadata: fn(config: &Map<String, Json>) -> Result<Vec<(String, Value)>, ArchError>,
+    pub metadata: FromConfig<Vec<(String, Value)>>,
     /// The keys of a GGUF file to `config.json`, without the names of tokens and types.
     pub config: fn(gguf: &Gguf) -> Result<Map<String, Json>, ArchError>,
 }

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value as Json, json};
 
 use crate::arch::{self, ArchError, RowOrder, TensorRule};
-use crate::gguf::{Gguf, GgufError, TensorInfo, TensorType};
+use crate::gguf::{Gguf, GgufError, TensorInfo, TensorType, Value};
 use crate::output::OutputDir;
 use crate::progress::Progress;
 use crate::quantize::{self, QuantizeError};
@@ -129,6 +129,9 @@ pub fn import(
     // transformers 5 reads `dtype`, older ones read `torch_dtype`.
     config.insert("dtype".into(), json!(dtype));
     config.insert("torch_dtype".into(), json!(dtype));
+    if let Some(name) = gguf.get("general.name").and_then(Value::as_str) {
+        config.insert("_name_or_path".into(), json!(name));
+    }
     let generation = generation_config(&vocab);
     for (key, value) in &generation {
         config.insert(key.clone(), value.clone());
@@ -149,6 +152,7 @@ pub fn import(
         "generation_config.json",
         crate::vocab::pretty(&Json::Object(generation)),
     ));
+    files.extend(model_card(gguf).map(|text| ("README.md", text)));
     for (name, text) in files {
         std::fs::write(dir.path().join(name), text).map_err(write)?;
     }
@@ -224,6 +228,31 @@ fn jobs<'a>(
         });
     }
     Ok(jobs)
+}
+
+/// A model card with the licence and the languages, if the file names any: they go with the weights.
+fn model_card(gguf: &Gguf) -> Option<String> {
+    let plain = |text: &str| {
+        text.chars()
+            .all(|c| c.is_ascii_alphanumeric() || "-._".contains(c))
+    };
+    let license = gguf
+        .get("general.license")
+        .and_then(Value::as_str)
+        .filter(|text| plain(text))?;
+    let languages: String = gguf
+        .strings("general.languages")
+        .unwrap_or_default()
+        .iter()
+        .filter(|language| plain(language))
+        .map(|language| format!("- \"{language}\"\n"))
+        .collect();
+    let languages = if languages.is_empty() {
+        languages
+    } else {
+        format!("language:\n{languages}")
+    };
+    Some(format!("---\nlicense: {license}\n{languages}---\n"))
 }
 
 /// The special tokens that generation needs, by number.

@@ -1,5 +1,7 @@
 //! The GGUF reader and writer: what is written is read back, and no bytes make the reader panic.
 
+#![allow(clippy::unwrap_used, reason = "tests")]
+
 mod support;
 
 use std::path::Path;

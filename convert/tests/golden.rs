@@ -1,6 +1,8 @@
 //! Our GGUF files against those of llama.cpp's convert_hf_to_gguf.py and `llama_model_quantize`, tensor by tensor and
 //! key by key; merged adapters against PEFT. The fixtures are made by tests/references/make_fixtures.py.
 
+#![allow(clippy::unwrap_used, reason = "tests")]
+
 mod support;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -120,6 +122,12 @@ fn keys_are_those_of_convert_hf_to_gguf() {
 
 #[test]
 fn quantised_tensors_are_those_of_llama_model_quantize() {
+    extern "C" fn quiet(_: u32, _: *const std::ffi::c_char, _: *mut std::ffi::c_void) {}
+    // SAFETY: the callback is a function that looks at nothing.
+    #[expect(unsafe_code, reason = "the reference is C")]
+    unsafe {
+        llama_cpp_sys_2::llama_log_set(Some(quiet), std::ptr::null_mut());
+    }
     let scratch = tempfile::tempdir().unwrap();
     let f32 = scratch.path().join("f32");
     convert(&fixture("tied"), &[], TensorType::F32, &f32).unwrap();

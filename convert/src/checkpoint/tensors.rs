@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use half::{bf16, f16};
 use memmap2::Mmap;
-use safetensors::{Dtype, SafeTensors};
+use safetensors::{Dtype, SafeTensorError, SafeTensors};
 
 use super::CheckpointError;
 
@@ -68,7 +68,14 @@ impl TensorFiles {
             path: path.clone(),
             why,
         };
-        let (header, metadata) = SafeTensors::read_metadata(&bytes).map_err(|e| bad(e.to_string()))?;
+        let (header, metadata) = SafeTensors::read_metadata(&bytes).map_err(|e| match e {
+            SafeTensorError::MetadataIncompleteBuffer
+            | SafeTensorError::HeaderTooSmall
+            | SafeTensorError::InvalidHeaderLength => bad(format!(
+                "it is truncated, or something was appended ({e})\nhint: fetch or copy the file again"
+            )),
+            other => bad(other.to_string()),
+        })?;
         let data = header + 8;
         for (name, info) in metadata.tensors() {
             let at = TensorRef {

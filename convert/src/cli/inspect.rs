@@ -62,7 +62,7 @@ pub(super) fn run(args: &Args, context: &Context) -> anyhow::Result<()> {
     let mut by_type: BTreeMap<&str, (usize, u64)> = BTreeMap::new();
     for tensor in gguf.tensors() {
         let dimensions: Vec<_> = tensor.dimensions.iter().map(u64::to_string).collect();
-        let (name, bytes) = (tensor.name.escape_debug(), size(tensor.size));
+        let (name, bytes) = (tensor.name.escape_debug().to_string(), size(tensor.size));
         writeln!(
             stdout,
             "{name:width$}  {:7} {:>14}  {bytes:>10}",

@@ -103,8 +103,10 @@ impl TensorType {
 
     /// The bytes of a row of `elements`; nothing when that is no whole number of blocks, or too many.
     pub fn row_bytes(self, elements: u64) -> Option<u64> {
-        let blocks = elements / self.block_elements();
-        (elements % self.block_elements() == 0).then(|| blocks.checked_mul(self.block_bytes()))?
+        let block = self.block_elements();
+        elements
+            .is_multiple_of(block)
+            .then(|| (elements / block).checked_mul(self.block_bytes()))?
     }
 }
 
@@ -135,7 +137,7 @@ mod tests {
                     llama_cpp_sys_2::ggml_type_size(id),
                 )
             };
-            let ours = TensorType::from_id(id as u32).map(|kind| (kind.block_elements(), kind.block_bytes()));
+            let ours = TensorType::from_id(id).map(|kind| (kind.block_elements(), kind.block_bytes()));
             assert_eq!(
                 ours,
                 (block > 0).then_some((block as u64, bytes as u64)),

@@ -25,7 +25,7 @@ fn file_type(kind: TensorType) -> u32 {
     }
 }
 
-/// `general.*`. The name is the folder's.
+/// `general.*`. The name is `_name_or_path`'s where that is a name, else the folder's.
 pub(super) fn general(
     checkpoint: &Checkpoint,
     arch: &Architecture,
@@ -40,14 +40,42 @@ pub(super) fn general(
     if generation.is_file() {
         keys.extend(sampling(&read_json_object(&generation)?));
     }
-    keys.push((
-        "general.name".into(),
-        title(&folder_name(checkpoint.dir())).into(),
-    ));
+    keys.push(("general.name".into(), name(checkpoint).into()));
     keys.push(("general.size_label".into(), size_label(parameters).into()));
+    if let Some(license) = license(checkpoint.dir())? {
+        keys.push(("general.license".into(), license.into()));
+    }
     keys.push(("general.quantization_version".into(), Value::U32(2)));
     keys.push(("general.file_type".into(), file_type(kind).into()));
     Ok(keys)
+}
+
+fn name(checkpoint: &Checkpoint) -> String {
+    let given = checkpoint.config().get("_name_or_path").and_then(Json::as_str);
+    match given.filter(|name| !name.is_empty() && !name.starts_with('.') && name.matches('/').count() <= 1) {
+        Some(name) if name.contains(' ') => name.to_owned(),
+        Some(name) => title(name.rsplit('/').next().unwrap_or(name)),
+        None => title(&folder_name(checkpoint.dir())),
+    }
+}
+
+/// `license:` in the front matter of the model card.
+fn license(dir: &Path) -> Result<Option<String>, ModelError> {
+    let path = dir.join("README.md");
+    if !path.is_file() {
+        return Ok(None);
+    }
+    let text = std::fs::read(&path).map_err(|source| ModelError::Read { path, source })?;
+    let text = String::from_utf8_lossy(&text);
+    let mut lines = text.lines();
+    if lines.next() != Some("---") {
+        return Ok(None);
+    }
+    let front = lines.take_while(|line| *line != "---");
+    let license = front.filter_map(|line| line.strip_prefix("license:")).next();
+    Ok(license
+        .map(|name| name.trim().trim_matches(['"', '\'']).to_owned())
+        .filter(|name| !name.is_empty()))
 }
 
 /// The sampler's settings that the model's makers recommend.

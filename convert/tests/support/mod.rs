@@ -1,5 +1,6 @@
 //! What the integration tests share.
 
+#![allow(clippy::unwrap_used, reason = "tests")]
 #![allow(dead_code, reason = "every test program uses a part of it")]
 
 use std::path::{Path, PathBuf};
