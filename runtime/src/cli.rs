@@ -1,0 +1,144 @@
+//! The command line: one file a subcommand, and what they share.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{ArgAction, Args, Parser, Subcommand};
+use pipit::config::{Config, ConfigError};
+use pipit::daemon::DaemonError;
+use tracing_subscriber::EnvFilter;
+
+mod ask;
+mod serve;
+mod worker;
+
+/// Exit codes besides 0, 1 and clap's 2.
+mod code {
+    /// No answer in time.
+    pub(super) const TIMED_OUT: u8 = 27;
+    /// EX_UNAVAILABLE: the broker is not there, or its port cannot be had.
+    pub(super) const UNAVAILABLE: u8 = 69;
+    /// EX_CONFIG.
+    pub(super) const CONFIG: u8 = 78;
+}
+
+#[derive(Debug, Parser)]
+#[command(name = "pipit", version, about = "Serves a small language model over MQTT, and asks one", after_help = EXAMPLES)]
+struct Cli {
+    #[command(flatten)]
+    common: Common,
+    #[command(subcommand)]
+    command: Command,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  pipit serve --model SmolLM2-135M-Instruct.Q4_1.gguf
+  pipit ask 'Turn on the kitchen light' --stream
+  pipit serve --model model.gguf --broker mqtt://broker.local --device kitchen
+  mosquitto_rr -V 5 -t pipit/v1/kitchen/req -e reply/me -m 'Turn on the kitchen light'
+
+Exit codes: 0 done, 1 failed, 2 usage, 27 timed out waiting for an answer, 69 broker unavailable, 78 bad configuration";
+
+#[derive(Debug, Args)]
+struct Common {
+    /// Say more; twice: everything
+    #[arg(short, long, global = true, action = ArgAction::Count)]
+    verbose: u8,
+    /// Say only what went wrong
+    #[arg(short, long, global = true, conflicts_with = "verbose")]
+    quiet: bool,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Answer prompts over MQTT until told to stop
+    Serve(serve::Args),
+    /// Send one prompt and print the answer
+    Ask(ask::Args),
+    /// The process that runs the model; `serve` starts it
+    #[command(hide = true)]
+    Worker,
+}
+
+/// Flags about the broker.
+#[derive(Debug, Args)]
+struct BrokerArgs {
+    /// TOML file; flags come before what it says
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// mqtt://HOST[:PORT], mqtts://HOST[:PORT], or embedded[://ADDR:PORT]
+    #[arg(long, value_name = "URL", env = "PIPIT_BROKER")]
+    broker: Option<String>,
+    /// Name of the device [default: this machine's name]
+    #[arg(long, value_name = "ID", env = "PIPIT_DEVICE")]
+    device: Option<String>,
+    /// PEM file with the authorities to trust for mqtts://
+    #[arg(long, value_name = "FILE")]
+    ca: Option<PathBuf>,
+}
+
+impl BrokerArgs {
+    /// The configuration file with these flags over it.
+    fn config(&self) -> Result<Config, ConfigError> {
+        let mut config = self.config.as_deref().map_or_else(|| Ok(Config::default()), Config::read)?;
+        if let Some(broker) = &self.broker {
+            config.broker.url.clone_from(broker);
+        }
+        if let Some(device) = &self.device {
+            config.device.clone_from(device);
+        }
+        if self.ca.is_some() {
+            config.broker.ca.clone_from(&self.ca);
+        }
+        Ok(config)
+    }
+}
+
+/// Parses the command line and runs the subcommand.
+pub(crate) fn run() -> ExitCode {
+    let cli = Cli::parse();
+    logging(&cli.common);
+    let result = match cli.command {
+        Command::Serve(args) => serve::run(args, cli.common.verbose > 0),
+        Command::Ask(args) => ask::run(&args),
+        Command::Worker => return worker::run(),
+    };
+    match result {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("pipit: {error:#}");
+            ExitCode::from(code_of(&error))
+        }
+    }
+}
+
+fn code_of(error: &anyhow::Error) -> u8 {
+    if error.is::<ConfigError>() {
+        return code::CONFIG;
+    }
+    match error.downcast_ref::<DaemonError>() {
+        Some(DaemonError::Config(_) | DaemonError::NoModel | DaemonError::Link(_)) => code::CONFIG,
+        #[cfg(feature = "embedded-broker")]
+        Some(DaemonError::Broker(_)) => code::UNAVAILABLE,
+        _ => 1,
+    }
+}
+
+/// Log lines go to standard error. llama.cpp and the embedded broker speak only when asked.
+fn logging(common: &Common) {
+    let filter = match (common.quiet, common.verbose) {
+        (true, _) => "error,llama_cpp_2=off,llama-cpp-2=off,mqtt5=off",
+        (_, 0) => "info,llama_cpp_2=off,llama-cpp-2=off,mqtt5=off,rumqttc=off",
+        (_, 1) => "debug,mqtt5=warn,rumqttc=info",
+        _ => "trace",
+    };
+    let filter = EnvFilter::try_from_env("PIPIT_LOG").unwrap_or_else(|_| EnvFilter::new(filter));
+    // Journald writes its own time.
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false);
+    if std::env::var_os("JOURNAL_STREAM").is_some() {
+        builder.without_time().with_ansi(false).init();
+    } else {
+        builder.with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr())).init();
+    }
+}

@@ -1,0 +1,245 @@
+//! `pipit ask`: one prompt, one answer.
+//!
+//! It subscribes to the answer's topic, sends the request at QoS 1, and sends the same request again after every
+//! reconnect: the id makes that safe, because a device answers an id once.
+
+use std::io::Write as _;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
+use pipit::daemon::broker_options;
+use pipit::mqtt::{Event, Incoming, Link, Outgoing};
+use pipit::wire::answer::Received;
+use pipit::wire::{Completion, Topics};
+use serde_json::{Value, json};
+
+use super::{BrokerArgs, code};
+
+const EXAMPLES: &str = "\
+Examples:
+  pipit ask 'Turn on the kitchen light'
+  pipit ask 'Tell me about wagtails' --stream --max-tokens 200 --temperature 0.7
+  pipit ask 'Zet het licht aan' --broker mqtt://broker.local --device kitchen --json | jq .usage
+  echo 'A long prompt' | pipit ask -";
+
+#[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub(super) struct Args {
+    /// What to ask; `-` reads it from standard input
+    prompt: String,
+    #[command(flatten)]
+    broker: BrokerArgs,
+    /// Print the answer as it comes
+    #[arg(long)]
+    stream: bool,
+    /// Give up after this long: 500ms, 60s, 5m
+    #[arg(long, value_name = "TIME", default_value = "60s", value_parser = duration)]
+    timeout: Duration,
+    /// Print the whole answer object; with --stream every chunk, too, one a line
+    #[arg(long)]
+    json: bool,
+    /// Most tokens of the answer
+    #[arg(long, value_name = "N")]
+    max_tokens: Option<u32>,
+    /// 0 always takes the likeliest token
+    #[arg(long, value_name = "T")]
+    temperature: Option<f32>,
+    /// The same seed gives the same answer
+    #[arg(long, value_name = "N")]
+    seed: Option<i64>,
+    /// Instructions before the prompt
+    #[arg(long, value_name = "TEXT")]
+    system: Option<String>,
+    /// Id of the request; the same id gives the same answer, once [default: a new one]
+    #[arg(long, value_name = "ID")]
+    id: Option<String>,
+}
+
+fn duration(text: &str) -> Result<Duration, String> {
+    let digits = text.trim_end_matches(|letter: char| letter.is_ascii_alphabetic());
+    let number: f64 = digits.parse().map_err(|_| "hint: a number and ms, s, m or h, like 60s".to_owned())?;
+    let unit = match &text[digits.len()..] {
+        "ms" => 0.001,
+        "" | "s" => 1.0,
+        "m" => 60.0,
+        "h" => 3600.0,
+        _ => return Err("hint: the unit is ms, s, m or h".to_owned()),
+    };
+    Duration::try_from_secs_f64(number * unit).map_err(|error| error.to_string())
+}
+
+pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("the async runtime cannot be started")?;
+    let result = runtime.block_on(async {
+        match tokio::time::timeout(args.timeout, ask(args)).await {
+            Ok(result) => result,
+            Err(_) => {
+                eprintln!(
+                    "pipit: no answer within {:?}; hint: is the device online? A longer --timeout waits longer",
+                    args.timeout
+                );
+                Ok(ExitCode::from(code::TIMED_OUT))
+            }
+        }
+    });
+    runtime.shutdown_timeout(Duration::from_millis(200));
+    result
+}
+
+async fn ask(args: &Args) -> anyhow::Result<ExitCode> {
+    let config = args.broker.config()?;
+    config.check()?;
+    let prompt = if args.prompt == "-" {
+        std::io::read_to_string(std::io::stdin()).context("the prompt cannot be read from standard input")?
+    } else {
+        args.prompt.clone()
+    };
+    let id = args.id.clone().unwrap_or_else(|| uuid::Uuid::now_v7().to_string());
+    if !pipit::wire::topics::valid_id(&id) {
+        bail!("`{id}` is no id; hint: 1 to 64 of A-Z a-z 0-9 _ . -");
+    }
+    let topics = Topics::new(&config.root, &config.device);
+    let body = body(args, &id, &prompt);
+    let mut options = broker_options(&config)?;
+    let broker = format!("{}:{}", options.host, options.port);
+    options.client_id = format!("pipit-ask-{}", uuid::Uuid::now_v7().simple());
+    options.subscribe = vec![topics.answer(&id)];
+    let (link, mut events) = Link::start(options)?;
+    let mut printer = Printer { args, shown: String::new(), now: String::new(), next_seq: 0 };
+    let mut connected_before = false;
+    let mut request = 0;
+    loop {
+        match events.recv().await.context("the link to the broker ended")? {
+            Event::Connected { .. } => {
+                connected_before = true;
+                request += 1;
+                link.publish(Outgoing {
+                    topic: topics.request(),
+                    payload: body.clone(),
+                    token: Some(request),
+                    content_type: Some("application/json"),
+                    ..Outgoing::default()
+                });
+            }
+            Event::Disconnected { reason } if !connected_before => {
+                eprintln!("pipit: broker {broker}: {reason}; hint: is `pipit serve` or mosquitto running there?");
+                return Ok(ExitCode::from(code::UNAVAILABLE));
+            }
+            Event::Disconnected { reason } => {
+                tracing::warn!("no connection to the broker: {reason}; trying again");
+            }
+            Event::Delivered { refused: Some(reason), .. } => {
+                bail!("the broker refuses the request: {reason}; hint: may this client publish to {}?", topics.request());
+            }
+            Event::Delivered { .. } => {}
+            Event::Message(message) => {
+                if let Some(ack) = message.ack {
+                    link.ack(ack);
+                }
+                if let Some(code) = printer.show(&message)? {
+                    link.close().await;
+                    return Ok(code);
+                }
+            }
+        }
+    }
+}
+
+fn body(args: &Args, id: &str, prompt: &str) -> Vec<u8> {
+    let mut messages = Vec::new();
+    if let Some(system) = &args.system {
+        messages.push(json!({ "role": "system", "content": system }));
+    }
+    messages.push(json!({ "role": "user", "content": prompt }));
+    let mut body = json!({ "id": id, "messages": messages, "stream": args.stream });
+    if let Some(most) = args.max_tokens {
+        body["max_tokens"] = Value::from(most);
+    }
+    if let Some(temperature) = args.temperature {
+        body["temperature"] = Value::from(temperature);
+    }
+    if let Some(seed) = args.seed {
+        body["seed"] = Value::from(seed);
+    }
+    body.to_string().into_bytes()
+}
+
+/// Prints chunks and the answer. Chunks can be lost, and begin again when the device had to: what is shown is always
+/// a beginning of the answer, and the final answer completes it.
+struct Printer<'a> {
+    args: &'a Args,
+    shown: String,
+    /// Text of the chunks since seq 0.
+    now: String,
+    next_seq: u32,
+}
+
+impl Printer<'_> {
+    /// Shows a message; the exit code when it was the last.
+    fn show(&mut self, message: &Incoming) -> anyhow::Result<Option<ExitCode>> {
+        let received = match Received::parse(&message.payload) {
+            Ok(received) => received,
+            Err(error) => {
+                tracing::debug!("not an answer: {error}");
+                return Ok(None);
+            }
+        };
+        let mut out = std::io::stdout().lock();
+        match received {
+            Received::Chunk(chunk) => {
+                if self.args.json {
+                    writeln!(out, "{}", serde_json::to_string(&chunk)?)?;
+                    return Ok(None);
+                }
+                if chunk.seq == 0 {
+                    self.now.clear();
+                    self.next_seq = 0;
+                }
+                if chunk.seq != self.next_seq {
+                    return Ok(None);
+                }
+                self.next_seq += 1;
+                let delta = chunk.choices.first().and_then(|choice| choice.delta.content.as_deref());
+                self.now.push_str(delta.unwrap_or_default());
+                if let Some(more) = self.now.strip_prefix(self.shown.as_str()) {
+                    write!(out, "{more}")?;
+                    out.flush()?;
+                    self.shown.push_str(more);
+                }
+                Ok(None)
+            }
+            Received::Completion(completion) => {
+                self.finish(&mut out, &completion)?;
+                Ok(Some(ExitCode::SUCCESS))
+            }
+            Received::Error(error) => {
+                if self.args.json {
+                    writeln!(out, "{}", serde_json::to_string(&error)?)?;
+                }
+                if !self.shown.is_empty() {
+                    writeln!(out)?;
+                }
+                eprintln!("pipit: {}: {}", error.error.code.as_str(), error.error.message);
+                Ok(Some(ExitCode::FAILURE))
+            }
+        }
+    }
+
+    fn finish(&self, out: &mut impl std::io::Write, completion: &Completion) -> anyhow::Result<()> {
+        if self.args.json {
+            writeln!(out, "{}", serde_json::to_string(completion)?)?;
+            return Ok(());
+        }
+        let text = completion.text();
+        match text.strip_prefix(self.shown.as_str()) {
+            Some(rest) => writeln!(out, "{rest}")?,
+            // The device began again and said something else: this is what counts.
+            None => writeln!(out, "\n{text}")?,
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,74 @@
+//! `pipit serve`: the daemon.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Context as _;
+use pipit::daemon::{self, DaemonError};
+use tokio::signal::unix::{SignalKind, signal};
+
+use super::BrokerArgs;
+
+const EXAMPLES: &str = "\
+Examples:
+  pipit serve --model model.gguf
+  pipit serve --model model.gguf --broker mqtt://broker.local:1883 --device kitchen
+  pipit serve --config /etc/pipit/pipit.toml
+
+Without --broker an embedded MQTT broker listens on 127.0.0.1:1883. Answers go to the device's own res/ topics and,
+where a client asks for it, under reply/ ([reply] prefixes allows others).";
+
+#[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub(super) struct Args {
+    #[command(flatten)]
+    broker: BrokerArgs,
+    /// GGUF file to serve
+    #[arg(long, value_name = "FILE")]
+    model: Option<PathBuf>,
+    /// Context in tokens [default: 2048, or less where the model was trained for less]
+    #[arg(long, value_name = "TOKENS")]
+    ctx: Option<u32>,
+    /// Threads [default: one for each physical core]
+    #[arg(long, value_name = "N")]
+    threads: Option<u32>,
+    /// Folder of the journal [default: $STATE_DIRECTORY, $XDG_STATE_HOME/pipit, ~/.local/state/pipit]
+    #[arg(long, value_name = "DIR")]
+    state_dir: Option<PathBuf>,
+}
+
+pub(super) fn run(args: Args, verbose: bool) -> anyhow::Result<ExitCode> {
+    let mut config = args.broker.config()?;
+    config.model.path = args.model.or(config.model.path);
+    config.model.n_ctx = args.ctx.unwrap_or(config.model.n_ctx);
+    config.model.threads = args.threads.unwrap_or(config.model.threads);
+    config.state_dir = args.state_dir.or(config.state_dir);
+    // Two threads: the daemon's own work is small, and the cores are the worker's.
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .context("the async runtime cannot be started")?;
+    let result: Result<(), DaemonError> = runtime.block_on(async {
+        let mut terminate = signal(SignalKind::terminate())?;
+        let mut interrupt = signal(SignalKind::interrupt())?;
+        let shutdown = async move {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+            // A second one ends at once: the journal is made for it.
+            tokio::spawn(async move {
+                tokio::select! {
+                    _ = terminate.recv() => {}
+                    _ = interrupt.recv() => {}
+                }
+                std::process::exit(1);
+            });
+        };
+        daemon::serve(config, verbose, shutdown).await
+    });
+    runtime.shutdown_timeout(std::time::Duration::from_secs(1));
+    result?;
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,655 @@
+//! The link to the broker, and the only file that names an MQTT client (rumqttc-v5-next).
+//!
+//! In: [`Outgoing`] messages and acknowledgements through a bounded channel. Out: [`Event`]s. A session is one
+//! TCP connection with an event loop of its own: after any error the event loop is thrown away and a new one is
+//! made, so nothing hides in the client. What matters is kept here and in the journal: messages at QoS 1 stay in
+//! the outbox until the broker's PUBACK and are published again in the next session.
+//!
+//! Traps that this file is built around:
+//! - `poll()` runs in a task of its own, inside nothing but a timeout: it can hang for ever on a half-open link
+//!   with outgoing data, and it is not known to be safe to cancel. When the timeout strikes, the event loop goes.
+//! - Nothing that awaits a full channel of the client runs where `poll()` depends on it: publishing uses `try_`.
+//! - The client's own size limit of 10 KiB would make a larger message come again and again: the Maximum Packet
+//!   Size is always set, so that the broker itself drops what is larger.
+//! - An acknowledgement names a packet id of one connection: it carries the connection's epoch, and the order of
+//!   PUBACKs is the order of receipt (MQTT 5, 4.6).
+//! - A client that resumes a session which only the broker remembers is refused or cannot publish at QoS 1, unless
+//!   its session store holds something: [`EmptySession`] says that nothing is in flight, which is true.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::path::PathBuf;
+use std::pin::Pin;
+use std::time::Duration;
+
+use rumqttc::mqttbytes::QoS;
+use rumqttc::mqttbytes::v5::{
+    ConnectReturnCode, LastWill, LastWillProperties, Packet, PubAckReason, Publish, PublishProperties,
+    RetainForwardRule, SubscribeFilter, SubscribeReasonCode,
+};
+use rumqttc::{
+    AckMode, AsyncClient, EventLoop, MqttOptions, PersistedAckMode, PersistedSession, PublishNotice,
+    PublishNoticeError, PublishOptions, PublishResult, SessionStore, SessionStoreError, SessionStoreKey, Transport,
+};
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+
+use crate::clock;
+
+/// Requests that may be unacknowledged: the broker holds back the rest.
+const RECEIVE_MAXIMUM: u16 = 32;
+/// Room of the client's own channel, and of ours.
+const CHANNEL: usize = 256;
+/// Waits between two attempts to connect.
+const FIRST_WAIT: Duration = Duration::from_millis(200);
+const LONGEST_WAIT: Duration = Duration::from_secs(30);
+
+/// Where the broker is and how to greet it.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Host name or address.
+    pub host: String,
+    /// TCP port.
+    pub port: u16,
+    /// TLS; `Some(None)` trusts the system's authorities, `Some(Some(file))` those in a PEM file.
+    pub tls: Option<Option<PathBuf>>,
+    /// User and password.
+    pub login: Option<(String, String)>,
+    /// MQTT client id; the same one must not be used twice at a broker.
+    pub client_id: String,
+    /// Seconds that the broker keeps the session of a client that is away; 0 is a clean session.
+    pub session_expiry_s: u32,
+    /// Seconds between two signs of life.
+    pub keep_alive_s: u16,
+    /// Largest MQTT packet that is taken.
+    pub most_packet_bytes: u32,
+    /// Topic filters to subscribe, at QoS 1.
+    pub subscribe: Vec<String>,
+    /// Published, retained, by the broker when this client is gone.
+    pub will: Option<(String, Vec<u8>)>,
+}
+
+/// What goes wrong with the link before it starts.
+#[derive(Debug, thiserror::Error)]
+pub enum LinkError {
+    /// The PEM file cannot be read.
+    #[error("TLS authorities {path}: {source}; hint: --ca names a PEM file")]
+    Ca {
+        /// The file.
+        path: PathBuf,
+        /// The system's reason.
+        source: std::io::Error,
+    },
+    /// TLS cannot be set up.
+    #[error("TLS: {0}; hint: --ca names a PEM file with the broker's authority")]
+    Tls(String),
+}
+
+/// A message to publish.
+#[derive(Clone, Debug, Default)]
+pub struct Outgoing {
+    /// Topic.
+    pub topic: String,
+    /// Payload.
+    pub payload: Vec<u8>,
+    /// Keep it at the broker.
+    pub retain: bool,
+    /// QoS 1 with this number, reported by [`Event::Delivered`]; `None` is QoS 0 and may be dropped.
+    pub token: Option<u64>,
+    /// MQTT 5 Correlation Data.
+    pub correlation: Option<Vec<u8>>,
+    /// MQTT 5 Response Topic.
+    pub response_topic: Option<String>,
+    /// MQTT 5 Content Type.
+    pub content_type: Option<&'static str>,
+    /// MQTT 5 User Properties.
+    pub properties: Vec<(String, String)>,
+}
+
+/// A message that came.
+#[derive(Clone, Debug)]
+pub struct Incoming {
+    /// Topic.
+    pub topic: String,
+    /// Payload.
+    pub payload: Vec<u8>,
+    /// The broker kept it from before we subscribed.
+    pub retain: bool,
+    /// The broker may have sent it before.
+    pub duplicate: bool,
+    /// MQTT 5 Response Topic.
+    pub response_topic: Option<String>,
+    /// MQTT 5 Correlation Data.
+    pub correlation: Option<Vec<u8>>,
+    /// MQTT 5 Content Type.
+    pub content_type: Option<String>,
+    /// MQTT 5 Message Expiry Interval, seconds left.
+    pub expiry_s: Option<u32>,
+    /// To be acknowledged when the message is safe; `None` at QoS 0.
+    pub ack: Option<Ack>,
+}
+
+/// The right to acknowledge one message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Ack {
+    epoch: u64,
+    number: u64,
+}
+
+impl Ack {
+    /// Of which connection, counted from 1.
+    pub fn epoch(self) -> u64 {
+        self.epoch
+    }
+}
+
+/// What happens on the link.
+#[derive(Clone, Debug)]
+pub enum Event {
+    /// Connected and subscribed.
+    Connected {
+        /// Counts the connections.
+        epoch: u64,
+    },
+    /// Not connected; the link tries again.
+    Disconnected {
+        /// Why.
+        reason: String,
+    },
+    /// A message came.
+    Message(Box<Incoming>),
+    /// The broker has taken a message.
+    Delivered {
+        /// Its number.
+        token: u64,
+        /// Set when the broker refused it, for good.
+        refused: Option<String>,
+    },
+}
+
+enum Command {
+    Publish(Outgoing),
+    Ack(Ack),
+    Close,
+}
+
+/// The sending half. When it is dropped, the link ends without a DISCONNECT, and the will is published.
+#[derive(Clone, Debug)]
+pub struct Link {
+    commands: mpsc::Sender<Command>,
+}
+
+impl Link {
+    /// Starts the link's task.
+    ///
+    /// # Errors
+    /// Only what cannot become better by trying again.
+    pub fn start(options: Options) -> Result<(Self, mpsc::Receiver<Event>), LinkError> {
+        let transport = transport(&options)?;
+        let (commands, inbox) = mpsc::channel(CHANNEL);
+        let (events, outbox) = mpsc::channel(CHANNEL);
+        let task = Task { options, transport, events, outbox: BTreeMap::new(), epoch: 0 };
+        tokio::spawn(task.run(inbox));
+        Ok((Self { commands }, outbox))
+    }
+
+    /// Publishes a message. False when there is no room: a message at QoS 0 is then dropped, one at QoS 1 must
+    /// be given again later.
+    pub fn publish(&self, message: Outgoing) -> bool {
+        // Acknowledgements and final answers always find room: what may be lost stays out of their half.
+        if message.token.is_none() && self.commands.capacity() < CHANNEL / 2 {
+            return false;
+        }
+        self.commands.try_send(Command::Publish(message)).is_ok()
+    }
+
+    /// Acknowledges a message. One that is lost is no harm: the broker sends the message again.
+    pub fn ack(&self, ack: Ack) {
+        if self.commands.try_send(Command::Ack(ack)).is_err() {
+            tracing::warn!("an acknowledgement found no room");
+        }
+    }
+
+    /// Ends the link with a DISCONNECT; the will is not published.
+    pub async fn close(&self) {
+        let _ = self.commands.send(Command::Close).await;
+        let _ = tokio::time::timeout(Duration::from_secs(2), self.commands.closed()).await;
+    }
+}
+
+fn transport(options: &Options) -> Result<Transport, LinkError> {
+    match &options.tls {
+        None => Ok(Transport::tcp()),
+        Some(None) => {
+            Transport::try_tls_with_default_config().map_err(|error| LinkError::Tls(error.to_string()))
+        }
+        Some(Some(path)) => {
+            let ca =
+                std::fs::read(path).map_err(|source| LinkError::Ca { path: path.clone(), source })?;
+            Ok(Transport::tls(ca, None, None))
+        }
+    }
+}
+
+struct Task {
+    options: Options,
+    transport: Transport,
+    events: mpsc::Sender<Event>,
+    /// At QoS 1, not yet taken by the broker.
+    outbox: BTreeMap<u64, Outgoing>,
+    epoch: u64,
+}
+
+/// Why a session ended.
+enum End {
+    /// Try again.
+    Lost(String),
+    /// Nobody needs the link any more.
+    Closed,
+}
+
+/// One connection.
+struct Session {
+    client: AsyncClient,
+    polled: mpsc::Receiver<Result<rumqttc::Event, String>>,
+    /// Tasks that wait for a PUBACK or a SUBACK.
+    notices: JoinSet<Notice>,
+    /// Messages in order of receipt, and whether they may be acknowledged.
+    unacked: VecDeque<(u64, Publish, bool)>,
+    received: u64,
+    ready: bool,
+    /// Tokens that found no room in the client's channel.
+    waiting: VecDeque<u64>,
+}
+
+enum Notice {
+    Published { token: u64, result: Result<PublishResult, PublishNoticeError> },
+    Subscribed(Result<(), String>),
+}
+
+impl Task {
+    async fn run(mut self, mut inbox: mpsc::Receiver<Command>) {
+        let mut wait = FIRST_WAIT;
+        loop {
+            self.epoch += 1;
+            let before = tokio::time::Instant::now();
+            match self.session(&mut inbox).await {
+                End::Closed => return,
+                End::Lost(reason) => {
+                    if self.events.send(Event::Disconnected { reason }).await.is_err() {
+                        return;
+                    }
+                }
+            }
+            if before.elapsed() > LONGEST_WAIT {
+                wait = FIRST_WAIT;
+            }
+            // Half of it by chance, so that a fleet does not come back all at once.
+            let pause = wait / 2 + wait.mul_f64(f64::from(clock::chance()) / f64::from(u32::MAX) / 2.0);
+            wait = (wait * 2).min(LONGEST_WAIT);
+            if !self.pause(pause, &mut inbox).await {
+                return;
+            }
+        }
+    }
+
+    /// Waits, and goes on taking commands; false when the link is to end.
+    async fn pause(&mut self, pause: Duration, inbox: &mut mpsc::Receiver<Command>) -> bool {
+        let until = tokio::time::sleep(pause);
+        tokio::pin!(until);
+        loop {
+            tokio::select! {
+                () = &mut until => return true,
+                command = inbox.recv() => match command {
+                    Some(Command::Publish(message)) => self.keep(message),
+                    Some(Command::Ack(_)) => {}
+                    Some(Command::Close) | None => return false,
+                },
+            }
+        }
+    }
+
+    fn keep(&mut self, message: Outgoing) {
+        if let Some(token) = message.token {
+            self.outbox.insert(token, message);
+        }
+    }
+
+    async fn session(&mut self, inbox: &mut mpsc::Receiver<Command>) -> End {
+        let (client, event_loop) =
+            match AsyncClient::builder(self.mqtt_options()).capacity(CHANNEL).try_build() {
+                Ok(built) => built,
+                Err(error) => return End::Lost(error.to_string()),
+            };
+        let (events, polled) = mpsc::channel(CHANNEL);
+        // A quiet link answers a ping in each keep-alive interval.
+        let patience = Duration::from_secs(u64::from(self.options.keep_alive_s)).mul_f64(1.5)
+            + Duration::from_secs(2);
+        let poller = tokio::spawn(poll(event_loop, patience, events));
+        let mut session = Session {
+            client,
+            polled,
+            notices: JoinSet::new(),
+            unacked: VecDeque::new(),
+            received: 0,
+            ready: false,
+            waiting: VecDeque::new(),
+        };
+        let end = self.serve(&mut session, inbox).await;
+        poller.abort();
+        end
+    }
+
+    async fn serve(&mut self, session: &mut Session, inbox: &mut mpsc::Receiver<Command>) -> End {
+        let mut retry = tokio::time::interval(Duration::from_millis(20));
+        retry.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            let behind = !session.waiting.is_empty()
+                || session.unacked.front().is_some_and(|(_, _, acknowledged)| *acknowledged);
+            tokio::select! {
+                event = session.polled.recv() => match event {
+                    Some(Ok(event)) => {
+                        if let Err(end) = self.polled(session, event).await {
+                            return end;
+                        }
+                    }
+                    Some(Err(reason)) => return End::Lost(reason),
+                    None => return End::Lost("the connection's task ended".to_owned()),
+                },
+                command = inbox.recv() => match command {
+                    Some(Command::Publish(message)) => match message.token {
+                        Some(token) => {
+                            self.outbox.insert(token, message);
+                            if session.ready {
+                                session.waiting.push_back(token);
+                            }
+                        }
+                        None if session.ready => { self.try_publish(session, message); }
+                        None => {}
+                    },
+                    Some(Command::Ack(ack)) => {
+                        if ack.epoch == self.epoch
+                            && let Some(entry) =
+                                session.unacked.iter_mut().find(|(number, ..)| *number == ack.number)
+                        {
+                            entry.2 = true;
+                        }
+                    }
+                    Some(Command::Close) => return self.disconnect(session).await,
+                    None => return End::Closed,
+                },
+                Some(notice) = session.notices.join_next() => {
+                    if let Ok(notice) = notice
+                        && let Err(end) = self.noticed(session, notice).await
+                    {
+                        return end;
+                    }
+                }
+                _ = retry.tick(), if behind => {}
+            }
+            self.flush(session);
+        }
+    }
+
+    async fn polled(&mut self, session: &mut Session, event: rumqttc::Event) -> Result<(), End> {
+        match event {
+            rumqttc::Event::Incoming(Packet::ConnAck(connack)) => {
+                if connack.code != ConnectReturnCode::Success {
+                    return Err(End::Lost(format!("the broker refuses: {:?}", connack.code)));
+                }
+                // Always: the broker may have forgotten us, or hold the filters of an older configuration.
+                let filters: Vec<SubscribeFilter> = self
+                    .options
+                    .subscribe
+                    .iter()
+                    .map(|filter| SubscribeFilter {
+                        path: filter.clone(),
+                        qos: QoS::AtLeastOnce,
+                        nolocal: false,
+                        preserve_retain: false,
+                        retain_forward_rule: RetainForwardRule::Never,
+                    })
+                    .collect();
+                let notice = session
+                    .client
+                    .subscribe_many_tracked(filters)
+                    .await
+                    .map_err(|error| End::Lost(error.to_string()))?;
+                session.notices.spawn(async move {
+                    let result = match notice.wait_async().await {
+                        Ok(suback) => suback
+                            .return_codes
+                            .iter()
+                            .find(|code| !matches!(code, SubscribeReasonCode::Success(_)))
+                            .map_or(Ok(()), |code| Err(format!("the broker refuses a subscription: {code:?}"))),
+                        Err(error) => Err(error.to_string()),
+                    };
+                    Notice::Subscribed(result)
+                });
+            }
+            rumqttc::Event::Incoming(Packet::Publish(publish)) => {
+                let incoming = session.receive(publish, self.epoch);
+                self.event(Event::Message(Box::new(incoming))).await?;
+            }
+            rumqttc::Event::Incoming(Packet::Disconnect(disconnect)) => {
+                return Err(End::Lost(format!("the broker disconnects: {:?}", disconnect.reason_code)));
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    async fn noticed(&mut self, session: &mut Session, notice: Notice) -> Result<(), End> {
+        match notice {
+            Notice::Subscribed(Ok(())) => {
+                session.ready = true;
+                session.waiting = self.outbox.keys().copied().collect();
+                self.event(Event::Connected { epoch: self.epoch }).await
+            }
+            Notice::Subscribed(Err(reason)) => Err(End::Lost(reason)),
+            Notice::Published { token, result } => {
+                let refused = match result {
+                    Ok(PublishResult::Qos1(puback)) => match puback.reason {
+                        PubAckReason::Success | PubAckReason::NoMatchingSubscribers => None,
+                        // Over a quota: later, in this or the next session.
+                        PubAckReason::QuotaExceeded => {
+                            session.waiting.push_back(token);
+                            return Ok(());
+                        }
+                        reason => Some(format!("{reason:?}")),
+                    },
+                    Ok(_) => None,
+                    Err(PublishNoticeError::RetainNotSupported) => Some("no retained messages".to_owned()),
+                    // The connection went: it is published again in the next one.
+                    Err(_) => return Ok(()),
+                };
+                self.outbox.remove(&token);
+                self.event(Event::Delivered { token, refused }).await
+            }
+        }
+    }
+
+    async fn event(&self, event: Event) -> Result<(), End> {
+        self.events.send(event).await.map_err(|_| End::Closed)
+    }
+
+    /// Sends what the client's channel has room for.
+    fn flush(&mut self, session: &mut Session) {
+        while let Some((_, publish, true)) = session.unacked.front() {
+            if session.client.try_ack(publish).is_err() {
+                break;
+            }
+            session.unacked.pop_front();
+        }
+        while let Some(token) = session.waiting.front().copied() {
+            if let Some(message) = self.outbox.get(&token).cloned()
+                && !self.try_publish(session, message)
+            {
+                break;
+            }
+            session.waiting.pop_front();
+        }
+    }
+
+    /// False when the client's channel is full.
+    fn try_publish(&self, session: &mut Session, message: Outgoing) -> bool {
+        let qos = if message.token.is_some() { QoS::AtLeastOnce } else { QoS::AtMostOnce };
+        let properties = PublishProperties {
+            payload_format_indicator: Some(1),
+            correlation_data: message.correlation.map(Into::into),
+            response_topic: message.response_topic,
+            content_type: message.content_type.map(ToOwned::to_owned),
+            user_properties: message.properties,
+            ..PublishProperties::default()
+        };
+        let options = PublishOptions::new(qos).retain(message.retain).properties(properties);
+        match message.token {
+            None => session.client.try_publish(message.topic, message.payload, options).is_ok(),
+            Some(token) => match session.client.try_publish_tracked(message.topic, message.payload, options) {
+                Ok(notice) => {
+                    session.notices.spawn(published(token, notice));
+                    true
+                }
+                Err(rumqttc::ClientError::RequestChannelFull(_)) => false,
+                Err(error) => {
+                    tracing::warn!("a message cannot be published: {error}");
+                    true
+                }
+            },
+        }
+    }
+
+    async fn disconnect(&mut self, session: &mut Session) -> End {
+        self.flush(session);
+        let _ = session.client.disconnect_with_timeout(Duration::from_secs(1)).await;
+        // Until the event loop says that it is done.
+        let done = async { while let Some(Ok(_)) = session.polled.recv().await {} };
+        let _ = tokio::time::timeout(Duration::from_millis(1500), done).await;
+        End::Closed
+    }
+
+    fn mqtt_options(&self) -> MqttOptions {
+        let options = &self.options;
+        let mut mqtt = MqttOptions::new(&options.client_id, (options.host.as_str(), options.port));
+        mqtt.set_transport(self.transport.clone())
+            .set_keep_alive(options.keep_alive_s)
+            .set_ack_mode(AckMode::Manual)
+            .set_receive_maximum(Some(RECEIVE_MAXIMUM))
+            .set_max_packet_size(Some(options.most_packet_bytes))
+            .set_outgoing_inflight_upper_limit(32)
+            .set_clean_start(options.session_expiry_s == 0)
+            .set_session_expiry_interval(Some(options.session_expiry_s));
+        let mut network = mqtt.network_options();
+        network.set_tcp_nodelay(true);
+        mqtt.set_network_options(network);
+        if options.session_expiry_s > 0 {
+            mqtt.set_session_store(EmptySession { expiry_s: options.session_expiry_s });
+        }
+        if let Some((user, password)) = &options.login {
+            mqtt.set_credentials(user.clone(), password.clone());
+        }
+        if let Some((topic, payload)) = &options.will {
+            // A short absence is not announced.
+            let properties = LastWillProperties {
+                delay_interval: Some(5),
+                payload_format_indicator: Some(1),
+                message_expiry_interval: None,
+                content_type: Some("application/json".to_owned()),
+                response_topic: None,
+                correlation_data: None,
+                user_properties: Vec::new(),
+            };
+            let payload = payload.clone();
+            mqtt.set_last_will(LastWill::new(topic, payload, QoS::AtLeastOnce, true, Some(properties)));
+        }
+        mqtt
+    }
+}
+
+impl Session {
+    fn receive(&mut self, publish: Publish, epoch: u64) -> Incoming {
+        let properties = publish.properties.clone().unwrap_or_default();
+        let ack = (publish.qos != QoS::AtMostOnce).then(|| {
+            self.received += 1;
+            Ack { epoch, number: self.received }
+        });
+        let incoming = Incoming {
+            topic: String::from_utf8_lossy(&publish.topic).into_owned(),
+            payload: publish.payload.to_vec(),
+            retain: publish.retain,
+            duplicate: publish.dup,
+            response_topic: properties.response_topic,
+            correlation: properties.correlation_data.map(|data| data.to_vec()),
+            content_type: properties.content_type,
+            expiry_s: properties.message_expiry_interval,
+            ack,
+        };
+        if let Some(ack) = ack {
+            // The payload is not needed to acknowledge it.
+            let publish = Publish { payload: Vec::new().into(), properties: None, ..publish };
+            self.unacked.push_back((ack.number, publish, false));
+        }
+        incoming
+    }
+}
+
+async fn published(token: u64, notice: PublishNotice) -> Notice {
+    Notice::Published { token, result: notice.wait_async().await }
+}
+
+/// Polls until the first error, or until nothing has happened for too long.
+async fn poll(
+    mut event_loop: EventLoop,
+    patience: Duration,
+    events: mpsc::Sender<Result<rumqttc::Event, String>>,
+) {
+    loop {
+        let event = match tokio::time::timeout(patience, event_loop.poll()).await {
+            Ok(Ok(event)) => Ok(event),
+            Ok(Err(error)) => Err(error.to_string()),
+            Err(_) => Err(format!("nothing from the broker for {} s", patience.as_secs())),
+        };
+        let last = event.is_err();
+        if events.send(event).await.is_err() || last {
+            return;
+        }
+    }
+}
+
+/// What the methods of a session store return.
+type SessionStoreFuture<'a, T> = Pin<Box<dyn Future<Output = Result<T, SessionStoreError>> + Send + 'a>>;
+
+/// The session store of a client that keeps nothing in flight across connections.
+#[derive(Debug)]
+struct EmptySession {
+    expiry_s: u32,
+}
+
+impl SessionStore for EmptySession {
+    fn load<'a>(&'a self, key: &'a SessionStoreKey) -> SessionStoreFuture<'a, Option<PersistedSession>> {
+        let session = PersistedSession {
+            format_version: 1,
+            client_id: key.client_id().to_owned(),
+            clean_start: false,
+            session_expiry_interval: Some(self.expiry_s),
+            outgoing_inflight_upper_limit: Some(32),
+            ack_mode: PersistedAckMode::Manual,
+            last_pkid: 0,
+            last_puback: 0,
+            replay: Vec::new(),
+            incoming_qos2: Vec::new(),
+        };
+        Box::pin(async move { Ok(Some(session)) })
+    }
+
+    fn save<'a>(
+        &'a self,
+        _key: &'a SessionStoreKey,
+        _session: &'a PersistedSession,
+    ) -> SessionStoreFuture<'a, ()> {
+        Box::pin(async { Ok(()) })
+    }
+
+    fn clear<'a>(&'a self, _key: &'a SessionStoreKey) -> SessionStoreFuture<'a, ()> {
+        Box::pin(async { Ok(()) })
+    }
+}

@@ -1,0 +1,521 @@
+//! A request: the bytes of one MQTT message become a [`Request`] or a [`Rejection`].
+//!
+//! In: payload and MQTT 5 properties ([`Envelope`]). Out: a checked request that says where its answer goes.
+//! A payload is JSON when it begins with `{` or its Content Type says so, otherwise plain text: one user
+//! message, and the answer comes back as plain text. JSON is OpenAI's chat-completions body; a field that this
+//! device does not know or cannot do is refused by name, never ignored.
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+use sha2::{Digest, Sha256};
+
+use super::answer::ErrorCode;
+use super::topics::{Topics, valid_id};
+
+/// Caps on a request; what is larger is `too_large` or `invalid_request`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Limits {
+    /// Bytes of a payload.
+    pub request_bytes: usize,
+    /// Nesting of the JSON.
+    pub depth: usize,
+    /// Messages in a conversation.
+    pub messages: usize,
+    /// Stop strings.
+    pub stop_strings: usize,
+    /// Bytes of each stop string.
+    pub stop_bytes: usize,
+    /// Largest `max_tokens`, and its default; more is cut to this.
+    pub max_tokens: u32,
+    /// Requests that wait.
+    pub queue: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            request_bytes: 256 * 1024,
+            depth: 16,
+            messages: 128,
+            stop_strings: 8,
+            stop_bytes: 64,
+            max_tokens: 512,
+            queue: 1024,
+        }
+    }
+}
+
+/// Who speaks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Role {
+    /// Instructions.
+    System,
+    /// The person.
+    User,
+    /// The model.
+    Assistant,
+}
+
+/// One turn of a conversation.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Message {
+    /// Who speaks.
+    pub role: Role,
+    /// What they say.
+    pub content: String,
+}
+
+/// How to choose tokens. `None` is the device's default.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Sampling {
+    /// 0 is greedy.
+    pub temperature: Option<f32>,
+    /// Nucleus, 0 to 1.
+    pub top_p: Option<f32>,
+    /// Best k; 0 is all.
+    pub top_k: Option<i32>,
+    /// Least share of the best token's probability, 0 to 1.
+    pub min_p: Option<f32>,
+    /// The same seed gives the same answer. Set at acceptance when the client gave none, so that a second run
+    /// after a crash says the same.
+    pub seed: u32,
+}
+
+/// Where an answer goes and how it looks.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Reply {
+    /// Topic.
+    pub topic: String,
+    /// Correlation Data, echoed untouched.
+    pub correlation: Option<Vec<u8>>,
+    /// Plain text instead of JSON.
+    pub plain: bool,
+}
+
+/// A request that has passed every check that needs no model.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Request {
+    /// `[A-Za-z0-9_.-]{1,64}`
+    pub id: String,
+    /// For a request that carried no id of its own: a hash of what it carried, so that a redelivery of the very
+    /// same MQTT message (DUP set) is recognised.
+    pub fingerprint: Option<String>,
+    /// Where the answer goes.
+    pub reply: Reply,
+    /// The conversation, at least one message.
+    pub messages: Vec<Message>,
+    /// How to choose tokens.
+    pub sampling: Sampling,
+    /// Most tokens to generate.
+    pub max_tokens: u32,
+    /// Strings that end the answer.
+    pub stop: Vec<String>,
+    /// Send chunks before the final answer.
+    pub stream: bool,
+    /// Milliseconds after receipt by which the work must have begun.
+    pub deadline_ms: Option<u64>,
+    /// Higher goes first; 0 by default, -100 to 100.
+    pub priority: i32,
+}
+
+impl Request {
+    /// What makes a request the same request: the reply topic stands for the client, because MQTT does not say
+    /// who published a message.
+    pub fn key(&self) -> (String, String) {
+        (self.reply.topic.clone(), self.id.clone())
+    }
+}
+
+/// A request that is refused at once.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Rejection {
+    /// The request's id, or one made for it.
+    pub id: String,
+    /// Where to say so. Never a topic that the rule of [`Topics::check_reply`] forbids.
+    pub reply: Reply,
+    /// Why, for programs.
+    pub code: ErrorCode,
+    /// Why, for people.
+    pub message: String,
+}
+
+/// A message as it came.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Envelope<'a> {
+    /// Payload.
+    pub payload: &'a [u8],
+    /// MQTT 5 Response Topic.
+    pub response_topic: Option<&'a str>,
+    /// MQTT 5 Correlation Data.
+    pub correlation: Option<&'a [u8]>,
+    /// MQTT 5 Content Type.
+    pub content_type: Option<&'a str>,
+    /// MQTT 5 Message Expiry Interval: seconds left, as the broker sent it.
+    pub expiry_s: Option<u32>,
+}
+
+/// Fields of OpenAI's body that say nothing about the answer's text and are taken without effect.
+const NO_EFFECT: &[&str] = &["model", "user", "metadata", "store", "service_tier", "stream_options"];
+/// Fields that ask for something this version does not do, with the values that ask for nothing.
+const NOT_YET: &[&str] = &[
+    "response_format",
+    "adapter",
+    "tools",
+    "tool_choice",
+    "functions",
+    "function_call",
+    "logprobs",
+    "top_logprobs",
+    "logit_bias",
+    "frequency_penalty",
+    "presence_penalty",
+    "repeat_penalty",
+    "n",
+];
+
+type Refusal = (ErrorCode, String);
+
+fn invalid(message: impl Into<String>) -> Refusal {
+    (ErrorCode::InvalidRequest, message.into())
+}
+
+/// Checks a message against the wire and the limits.
+///
+/// # Errors
+/// A [`Rejection`] to be published; its topic is safe to publish to.
+pub fn parse(
+    envelope: &Envelope<'_>,
+    topics: &Topics,
+    prefixes: &[String],
+    limits: &Limits,
+) -> Result<Request, Box<Rejection>> {
+    let mut draft = Draft::new(envelope, topics);
+    match draft.fill(envelope, topics, prefixes, limits) {
+        Ok(()) => Ok(draft.request),
+        Err((code, message)) => {
+            let Request { id, reply, .. } = draft.request;
+            Err(Box::new(Rejection { id, reply, code, message }))
+        }
+    }
+}
+
+/// A request in the making: whatever is known already is what a rejection is sent to.
+struct Draft {
+    request: Request,
+}
+
+impl Draft {
+    fn new(envelope: &Envelope<'_>, topics: &Topics) -> Self {
+        let id = envelope.correlation.map_or_else(generated_id, correlation_id);
+        let reply = Reply {
+            topic: topics.answer(&id),
+            correlation: envelope.correlation.map(<[u8]>::to_vec),
+            plain: false,
+        };
+        Self {
+            request: Request {
+                id,
+                fingerprint: None,
+                reply,
+                messages: Vec::new(),
+                sampling: Sampling::default(),
+                max_tokens: 0,
+                stop: Vec::new(),
+                stream: false,
+                deadline_ms: envelope.expiry_s.map(|seconds| u64::from(seconds) * 1000),
+                priority: 0,
+            },
+        }
+    }
+
+    fn fill(
+        &mut self,
+        envelope: &Envelope<'_>,
+        topics: &Topics,
+        prefixes: &[String],
+        limits: &Limits,
+    ) -> Result<(), Refusal> {
+        if let Some(topic) = envelope.response_topic {
+            topics.check_reply(topic, prefixes).map_err(invalid)?;
+            self.request.reply.topic = topic.to_owned();
+        }
+        if envelope.correlation.is_some_and(|data| data.len() > 1024) {
+            return Err(invalid("Correlation Data is longer than 1024 bytes"));
+        }
+        if envelope.payload.len() > limits.request_bytes {
+            return Err((
+                ErrorCode::TooLarge,
+                format!(
+                    "the request has {} bytes, the limit is {}",
+                    envelope.payload.len(),
+                    limits.request_bytes
+                ),
+            ));
+        }
+        let text = std::str::from_utf8(envelope.payload)
+            .map_err(|error| invalid(format!("the request is not UTF-8: {error}")))?;
+        let json = match envelope.content_type {
+            Some(kind) if kind.starts_with("application/json") => true,
+            Some(kind) if kind.starts_with("text/plain") => false,
+            _ => text.trim_start().starts_with('{'),
+        };
+        let mut own_id = envelope.correlation.is_some();
+        if json {
+            check_depth(envelope.payload, limits.depth)?;
+            let value: Value = serde_json::from_str(text)
+                .map_err(|error| invalid(format!("the request is not JSON: {error}")))?;
+            let Value::Object(body) = value else {
+                return Err(invalid("the request must be a JSON object"));
+            };
+            own_id |= self.fill_from_json(body, envelope, topics, prefixes, limits)?;
+        } else {
+            if text.trim().is_empty() {
+                return Err(invalid("the request is empty"));
+            }
+            self.request.reply.plain = true;
+            self.request.messages = vec![Message { role: Role::User, content: text.to_owned() }];
+            self.request.max_tokens = limits.max_tokens;
+            self.request.sampling.seed = crate::clock::chance();
+        }
+        if !own_id {
+            self.request.fingerprint = Some(fingerprint(envelope));
+        }
+        Ok(())
+    }
+
+    /// Returns whether the body carried an id.
+    fn fill_from_json(
+        &mut self,
+        mut body: Map<String, Value>,
+        envelope: &Envelope<'_>,
+        topics: &Topics,
+        prefixes: &[String],
+        limits: &Limits,
+    ) -> Result<bool, Refusal> {
+        let request = &mut self.request;
+        let mut own_id = false;
+        // First what a rejection needs.
+        if let Some(id) = take(&mut body, "id") {
+            let Some(id) = id.as_str().filter(|id| valid_id(id)) else {
+                return Err(invalid("`id` must match [A-Za-z0-9_.-]{1,64}"));
+            };
+            request.id = id.to_owned();
+            own_id = true;
+            if envelope.response_topic.is_none() {
+                request.reply.topic = topics.answer(id);
+            }
+        }
+        if let Some(topic) = take(&mut body, "reply_to") {
+            let Value::String(topic) = topic else { return Err(invalid("`reply_to` must be a string")) };
+            if envelope.response_topic.is_none() {
+                topics.check_reply(&topic, prefixes).map_err(|why| invalid(format!("`reply_to`: {why}")))?;
+                request.reply.topic = topic;
+            }
+        }
+        for &field in NOT_YET {
+            if let Some(value) = take(&mut body, field)
+                && !asks_for_nothing(field, &value)
+            {
+                return Err(invalid(format!("`{field}` is not supported by this version")));
+            }
+        }
+        for field in NO_EFFECT {
+            body.remove(*field);
+        }
+        request.messages = messages(take(&mut body, "messages"), limits)?;
+        let sampling = &mut request.sampling;
+        sampling.temperature = float(&mut body, "temperature", 0.0, 10.0)?;
+        sampling.top_p = float(&mut body, "top_p", 0.0, 1.0)?;
+        sampling.min_p = float(&mut body, "min_p", 0.0, 1.0)?;
+        sampling.top_k = integer(&mut body, "top_k", 0, i64::from(i32::MAX))?.map(|k| k as i32);
+        sampling.seed = match integer(&mut body, "seed", i64::MIN, i64::MAX)? {
+            Some(seed) => (seed as u64 ^ (seed as u64 >> 32)) as u32,
+            None => crate::clock::chance(),
+        };
+        let newer = integer(&mut body, "max_completion_tokens", 1, i64::MAX)?;
+        let max_tokens = integer(&mut body, "max_tokens", 1, i64::MAX)?.or(newer);
+        request.max_tokens =
+            max_tokens.map_or(limits.max_tokens, |most| most.min(i64::from(limits.max_tokens)) as u32);
+        request.stop = stop(take(&mut body, "stop"), limits)?;
+        request.stream = match take(&mut body, "stream") {
+            None => false,
+            Some(Value::Bool(stream)) => stream,
+            Some(_) => return Err(invalid("`stream` must be true or false")),
+        };
+        if let Some(deadline) = integer(&mut body, "deadline_ms", 0, i64::MAX)? {
+            let deadline = deadline as u64;
+            request.deadline_ms = Some(request.deadline_ms.map_or(deadline, |expiry| expiry.min(deadline)));
+        }
+        request.priority = integer(&mut body, "priority", -100, 100)?.unwrap_or(0) as i32;
+        if let Some(field) = body.keys().next() {
+            let field: String = field.chars().take(64).collect();
+            return Err(invalid(format!("unknown field `{field}`")));
+        }
+        Ok(own_id)
+    }
+}
+
+/// Takes a field; null is the same as absent.
+fn take(body: &mut Map<String, Value>, field: &str) -> Option<Value> {
+    body.shift_remove(field).filter(|value| !value.is_null())
+}
+
+fn asks_for_nothing(field: &str, value: &Value) -> bool {
+    match value {
+        Value::Bool(asked) => !asked,
+        Value::Number(number) => number.as_f64() == Some(if field.starts_with('n') { 1.0 } else { 0.0 }),
+        Value::Array(list) => list.is_empty(),
+        Value::Object(map) => {
+            map.is_empty()
+                || field == "response_format" && map.get("type").and_then(Value::as_str) == Some("text")
+        }
+        Value::String(text) => text.is_empty() || field.ends_with("_choice") && text == "none",
+        Value::Null => true,
+    }
+}
+
+fn float(body: &mut Map<String, Value>, field: &str, low: f64, high: f64) -> Result<Option<f32>, Refusal> {
+    let Some(value) = take(body, field) else { return Ok(None) };
+    match value.as_f64() {
+        Some(number) if (low..=high).contains(&number) => Ok(Some(number as f32)),
+        _ => Err(invalid(format!("`{field}` must be a number from {low} to {high}"))),
+    }
+}
+
+fn integer(body: &mut Map<String, Value>, field: &str, low: i64, high: i64) -> Result<Option<i64>, Refusal> {
+    let Some(value) = take(body, field) else { return Ok(None) };
+    match value.as_i64() {
+        Some(number) if (low..=high).contains(&number) => Ok(Some(number)),
+        _ if high == i64::MAX && low == i64::MIN => Err(invalid(format!("`{field}` must be a whole number"))),
+        _ if high == i64::MAX => Err(invalid(format!("`{field}` must be a whole number, at least {low}"))),
+        _ => Err(invalid(format!("`{field}` must be a whole number from {low} to {high}"))),
+    }
+}
+
+fn messages(value: Option<Value>, limits: &Limits) -> Result<Vec<Message>, Refusal> {
+    let Some(Value::Array(list)) = value else { return Err(invalid("`messages` must be a list")) };
+    if list.is_empty() {
+        return Err(invalid("`messages` is empty"));
+    }
+    if list.len() > limits.messages {
+        return Err((
+            ErrorCode::TooLarge,
+            format!("{} messages, the limit is {}", list.len(), limits.messages),
+        ));
+    }
+    list.into_iter()
+        .enumerate()
+        .map(|(at, value)| message(value).map_err(|why| invalid(format!("`messages[{at}]`: {why}"))))
+        .collect()
+}
+
+fn message(value: Value) -> Result<Message, String> {
+    let Value::Object(mut fields) = value else { return Err("must be an object".to_owned()) };
+    let role = match take(&mut fields, "role").as_ref().and_then(Value::as_str) {
+        Some("system" | "developer") => Role::System,
+        Some("user") => Role::User,
+        Some("assistant") => Role::Assistant,
+        _ => return Err("`role` must be system, user or assistant".to_owned()),
+    };
+    let content = match take(&mut fields, "content") {
+        Some(Value::String(text)) => text,
+        Some(Value::Array(parts)) => {
+            let mut text = String::new();
+            for part in &parts {
+                match (part.get("type").and_then(Value::as_str), part.get("text").and_then(Value::as_str)) {
+                    (Some("text"), Some(piece)) => text.push_str(piece),
+                    _ => return Err("`content` may hold parts of type text only".to_owned()),
+                }
+            }
+            text
+        }
+        _ => return Err("`content` must be text".to_owned()),
+    };
+    if let Some(field) = fields.keys().find(|field| *field != "name") {
+        let field: String = field.chars().take(64).collect();
+        return Err(format!("unknown field `{field}`"));
+    }
+    Ok(Message { role, content })
+}
+
+fn stop(value: Option<Value>, limits: &Limits) -> Result<Vec<String>, Refusal> {
+    let list = match value {
+        None => return Ok(Vec::new()),
+        Some(Value::String(one)) => vec![Value::String(one)],
+        Some(Value::Array(list)) => list,
+        Some(_) => return Err(invalid("`stop` must be a string or a list of strings")),
+    };
+    if list.len() > limits.stop_strings {
+        return Err(invalid(format!("`stop` has {} strings, the limit is {}", list.len(), limits.stop_strings)));
+    }
+    list.into_iter()
+        .map(|value| match value {
+            Value::String(text) if text.is_empty() => Err(invalid("`stop` holds an empty string")),
+            Value::String(text) if text.len() > limits.stop_bytes => {
+                Err(invalid(format!("`stop` holds a string of more than {} bytes", limits.stop_bytes)))
+            }
+            Value::String(text) => Ok(text),
+            _ => Err(invalid("`stop` must be a string or a list of strings")),
+        })
+        .collect()
+}
+
+/// Refuses deep nesting before the JSON is parsed.
+fn check_depth(payload: &[u8], most: usize) -> Result<(), Refusal> {
+    let (mut depth, mut in_string, mut escaped) = (0_usize, false, false);
+    for &byte in payload {
+        match byte {
+            _ if escaped => escaped = false,
+            b'\\' if in_string => escaped = true,
+            b'"' => in_string = !in_string,
+            b'{' | b'[' if !in_string => {
+                depth += 1;
+                if depth > most {
+                    return Err(invalid(format!("the JSON is nested deeper than {most}")));
+                }
+            }
+            b'}' | b']' if !in_string => depth = depth.saturating_sub(1),
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+fn generated_id() -> String {
+    uuid::Uuid::now_v7().to_string()
+}
+
+/// An id from Correlation Data: the data itself where it is an id, its hexadecimal digits where they fit, else a
+/// hash of it. The same data always gives the same id.
+fn correlation_id(data: &[u8]) -> String {
+    match std::str::from_utf8(data) {
+        Ok(text) if valid_id(text) => text.to_owned(),
+        _ if (1..=31).contains(&data.len()) => format!("x-{}", hex(data)),
+        _ => format!("h-{}", hex(&Sha256::digest(data)[..16])),
+    }
+}
+
+fn fingerprint(envelope: &Envelope<'_>) -> String {
+    let mut hash = Sha256::new();
+    let topic = envelope.response_topic.unwrap_or_default();
+    hash.update((topic.len() as u64).to_le_bytes());
+    hash.update(topic.as_bytes());
+    hash.update(envelope.payload);
+    hex(&hash.finalize()[..16])
+}
+
+/// Lower-case hexadecimal digits.
+pub fn hex(bytes: &[u8]) -> String {
+    bytes.iter().fold(String::with_capacity(bytes.len() * 2), |mut out, byte| {
+        for nibble in [byte >> 4, byte & 15] {
+            out.push(char::from_digit(u32::from(nibble), 16).unwrap_or('0'));
+        }
+        out
+    })
+}
+
+#[cfg(test)]
+#[path = "request_tests.rs"]
+mod tests;

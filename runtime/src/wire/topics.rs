@@ -1,0 +1,139 @@
+//! Topic names of wire version 1, and the rule for the topic of an answer.
+//!
+//! In: root and device from the configuration. Out: topic strings. Source: the MQTT 5 specification, section
+//! 4.7 (topic names and filters); the topic table of docs/protocol.
+
+/// Longest device or request id, in bytes.
+pub const ID_BYTES: usize = 64;
+/// Longest reply topic that is accepted, in bytes.
+pub const REPLY_TOPIC_BYTES: usize = 256;
+
+/// Whether `id` is a device or request id: `[A-Za-z0-9_.-]{1,64}`.
+pub fn valid_id(id: &str) -> bool {
+    (1..=ID_BYTES).contains(&id.len())
+        && id.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'.' | b'-'))
+}
+
+/// The topics of one device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Topics {
+    root: String,
+    base: String,
+}
+
+impl Topics {
+    /// Topics under `{root}/v1/{device}`. The caller has checked both names.
+    pub fn new(root: &str, device: &str) -> Self {
+        Self { root: root.to_owned(), base: format!("{root}/v1/{device}") }
+    }
+
+    /// Requests come in here.
+    pub fn request(&self) -> String {
+        format!("{}/req", self.base)
+    }
+
+    /// `{"id": …}` comes in here.
+    pub fn cancel(&self) -> String {
+        format!("{}/cancel", self.base)
+    }
+
+    /// State of the device; retained, and the will.
+    pub fn status(&self) -> String {
+        format!("{}/status", self.base)
+    }
+
+    /// What the device is and serves; retained.
+    pub fn card(&self) -> String {
+        format!("{}/card", self.base)
+    }
+
+    /// Counters, at QoS 0.
+    pub fn metrics(&self) -> String {
+        format!("{}/metrics", self.base)
+    }
+
+    /// Answers to a request that named no reply topic.
+    pub fn answer(&self, id: &str) -> String {
+        format!("{}/res/{id}", self.base)
+    }
+
+    /// Decides whether an answer may go to `topic`.
+    ///
+    /// Without this rule anyone who may send a request could make the device publish wherever the device's
+    /// own rights reach. Allowed are the device's own `res/…` and whatever lies under one of `prefixes` (whole
+    /// topic levels: `reply` allows `reply` and `reply/me`, not `replying`). Never allowed: wildcards, `$`
+    /// topics, anything else under `{root}/`.
+    ///
+    /// # Errors
+    /// A sentence that says what is wrong with the topic.
+    pub fn check_reply(&self, topic: &str, prefixes: &[String]) -> Result<(), &'static str> {
+        if topic.is_empty() || topic.len() > REPLY_TOPIC_BYTES {
+            return Err("the reply topic must have 1 to 256 bytes");
+        }
+        if topic.contains(['+', '#']) || topic.chars().any(char::is_control) {
+            return Err("the reply topic must not contain wildcards or control characters");
+        }
+        if topic.starts_with('$') {
+            return Err("the reply topic must not begin with `$`");
+        }
+        if let Some(rest) = topic.strip_prefix(&self.base).and_then(|rest| rest.strip_prefix("/res/")) {
+            return if rest.is_empty() { Err("the reply topic ends after `res/`") } else { Ok(()) };
+        }
+        if under(topic, &self.root) {
+            return Err("the reply topic must not lie under the device's own topics");
+        }
+        if prefixes.iter().any(|prefix| under(topic, prefix)) {
+            return Ok(());
+        }
+        Err("the reply topic is not under an allowed prefix ([reply] prefixes in the device's configuration)")
+    }
+}
+
+/// Whether `topic` is `prefix` or lies below it.
+fn under(topic: &str, prefix: &str) -> bool {
+    let prefix = prefix.trim_end_matches('/');
+    topic.strip_prefix(prefix).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids() {
+        assert!(valid_id("a.B-9_"));
+        assert!(valid_id(&"x".repeat(64)));
+        for bad in ["", "a/b", "a b", "ü", "+", "#", &"x".repeat(65)] {
+            assert!(!valid_id(bad), "{bad}");
+        }
+    }
+
+    #[test]
+    fn reply_topics() {
+        let topics = Topics::new("pipit", "dev");
+        let prefixes = ["reply/".to_owned(), "home".to_owned()];
+        for good in ["reply/me", "reply", "home/a/b", "pipit/v1/dev/res/x", "pipit/v1/dev/res/a/b"] {
+            assert_eq!(topics.check_reply(good, &prefixes), Ok(()), "{good}");
+        }
+        let long = format!("reply/{}", "x".repeat(300));
+        for bad in [
+            "",
+            "replying/me",
+            "other",
+            "reply/+",
+            "reply/#",
+            "$SYS/x",
+            "pipit/v1/dev/req",
+            "pipit/v1/dev/res/",
+            "pipit/v1/other/req",
+            "pipit/v1/other/res/x",
+            "pipit",
+            "reply/\u{0}",
+            &long,
+        ] {
+            assert!(topics.check_reply(bad, &prefixes).is_err(), "{bad}");
+        }
+        // A prefix that was meant to open everything does not open the device's own topics.
+        assert!(topics.check_reply("pipit/v1/dev/cmd/x", &["pipit".to_owned()]).is_err());
+    }
+}
