@@ -1,3 +1,10 @@
 //! The program `pipit-distill`.
 
-fn main() {}
+use std::process::ExitCode;
+
+use clap::Parser as _;
+use pipit_distill::cli::Cli;
+
+fn main() -> ExitCode {
+    Cli::parse().run()
+}

@@ -1,0 +1,127 @@
+//! The command line of `pipit-distill`: one file a subcommand.
+
+pub mod eval;
+pub mod options;
+mod run;
+pub mod sft;
+
+use std::io::IsTerminal as _;
+use std::path::Path;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Fine-tunes small language models on this machine.
+#[derive(Debug, Parser)]
+#[command(
+    name = "pipit-distill",
+    version,
+    after_help = "Examples:\n  \
+        pipit-distill sft --model smollm2 --data train.jsonl --method lora -o run\n  \
+        pipit-distill eval --model smollm2 --adapter run --data dev.jsonl --by language"
+)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+    /// Say more on standard error; twice for everything
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    verbose: u8,
+    /// Say nothing on standard error but errors
+    #[arg(short, long, global = true, conflicts_with = "verbose")]
+    quiet: bool,
+    /// Print one JSON object on standard output
+    #[arg(long, global = true)]
+    json: bool,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Sft(Box<sft::Args>),
+    Eval(eval::Args),
+}
+
+/// How results and progress are shown.
+#[derive(Debug, Clone, Copy)]
+pub struct Output {
+    /// One JSON object instead of text.
+    pub json: bool,
+    /// No progress, no warnings.
+    pub quiet: bool,
+}
+
+impl Output {
+    /// A progress bar of so many steps: drawn on a terminal only.
+    pub fn progress(self, length: u64, template: &str) -> indicatif::ProgressBar {
+        if self.quiet || !std::io::stderr().is_terminal() {
+            return indicatif::ProgressBar::hidden();
+        }
+        let bar = indicatif::ProgressBar::new(length);
+        match indicatif::ProgressStyle::with_template(template) {
+            Ok(style) => bar.with_style(style),
+            Err(_) => bar,
+        }
+    }
+}
+
+/// A mistake in the call or in a configuration file, found before any work.
+#[derive(Debug, thiserror::Error)]
+pub enum UsageError {
+    /// Arguments that do not fit together. Exit code 2.
+    #[error("{0}")]
+    Usage(String),
+    /// A configuration file that is wrong. Exit code 78.
+    #[error("{path}: {why}", path = .0.display(), why = .1)]
+    Config(std::path::PathBuf, String),
+}
+
+impl Cli {
+    /// Runs the subcommand.
+    pub fn run(self) -> ExitCode {
+        let level = match (self.quiet, self.verbose) {
+            (true, _) => "error",
+            (_, 0) => "warn",
+            (_, 1) => "info",
+            _ => "debug",
+        };
+        let filter = tracing_subscriber::EnvFilter::try_from_default_env()
+            .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(level));
+        tracing_subscriber::fmt()
+            .with_env_filter(filter)
+            .with_writer(std::io::stderr)
+            .without_time()
+            .with_target(false)
+            .init();
+        let output = Output {
+            json: self.json,
+            quiet: self.quiet,
+        };
+        let result = match self.command {
+            Command::Sft(args) => sft::run(*args, output),
+            Command::Eval(args) => eval::run(&args, output),
+        };
+        let Err(error) = result else {
+            return ExitCode::SUCCESS;
+        };
+        eprintln!("error: {error:#}");
+        match error.downcast_ref::<UsageError>() {
+            Some(UsageError::Usage(_)) => ExitCode::from(2),
+            Some(UsageError::Config(..)) => ExitCode::from(78),
+            None => ExitCode::FAILURE,
+        }
+    }
+}
+
+/// Refuses a GGUF file by name, where a checkpoint folder is needed.
+fn refuse_gguf(model: &Path) -> anyhow::Result<()> {
+    if model
+        .extension()
+        .is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"))
+    {
+        anyhow::bail!(
+            "{}: training and evaluation on a GGUF file are not built yet\nhint: pipit-convert import {} -o FOLDER makes a checkpoint of it",
+            model.display(),
+            model.display()
+        );
+    }
+    Ok(())
+}

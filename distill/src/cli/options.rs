@@ -1,0 +1,262 @@
+//! The options of `sft`: flags, the same keys in a TOML file, and defaults.
+
+use std::path::{Path, PathBuf};
+
+use pipit_convert::adapter::TargetModules;
+use serde::{Deserialize, Serialize};
+
+use super::UsageError;
+use crate::optimizer::Schedule;
+
+/// How weights are trained.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Method {
+    /// Every weight.
+    Full,
+    /// Low-rank adapters on frozen weights.
+    Lora,
+}
+
+/// Declares every option once: the flag, the TOML key, and the resolved value.
+macro_rules! options {
+    ($($(#[arg($($arg:tt)*)])? $name:ident: $ty:ty = $default:expr, $doc:literal;)*) => {
+        /// Options as given on the command line or in a TOML file; what is not given is none.
+        #[derive(Debug, Clone, Default, clap::Args, Deserialize)]
+        #[serde(default)]
+        pub struct SftOptions {
+            $(#[doc = $doc] #[arg(long $(, $($arg)*)?)] pub $name: Option<$ty>,)*
+        }
+
+        /// All options with their values.
+        #[derive(Debug, Clone, Serialize)]
+        pub struct SftConfig {
+            $(#[doc = $doc] #[serde(skip_serializing_if = "is_absent")] pub $name: $ty,)*
+        }
+
+        impl SftOptions {
+            /// The keys that a TOML file may have.
+            pub const KEYS: &[&str] = &[$(stringify!($name)),*];
+
+            /// Fills in from `file`, then from the defaults.
+            pub fn resolve(self, file: Self) -> SftConfig {
+                SftConfig { $($name: self.$name.or(file.$name).unwrap_or_else(|| $default),)* }
+            }
+        }
+    };
+}
+
+options! {
+    #[arg(value_name = "DIR")]
+    model: PathBuf = PathBuf::new(), "The checkpoint folder to start from";
+    #[arg(value_name = "F.jsonl")]
+    data: PathBuf = PathBuf::new(), "Rows to train on: `messages`, or `prompt` and `completion`, or `text`";
+    #[arg(short = 'o', value_name = "RUN")]
+    output_dir: PathBuf = PathBuf::new(), "The folder to make; it must not exist yet";
+    #[arg(value_enum)]
+    method: Method = Method::Lora, "What is trained [default: lora]";
+    per_device_train_batch_size: usize = 8, "Sequences in one forward pass [default: 8]";
+    gradient_accumulation_steps: usize = 1, "Forward passes in one step [default: 1]";
+    learning_rate: f64 = 2e-4, "The learning rate after the warm-up [default: 2e-4]";
+    num_train_epochs: f64 = 3.0, "Passes over the data, where --max-steps is not given [default: 3]";
+    max_steps: usize = 0, "Steps to do, whatever the number of passes";
+    #[arg(value_enum)]
+    lr_scheduler_type: Schedule = Schedule::Linear, "How the learning rate goes on [default: linear]";
+    warmup_steps: usize = 0, "Steps over which the learning rate rises from 0";
+    warmup_ratio: f64 = 0.0, "The same as a share of all steps, where --warmup-steps is not given";
+    weight_decay: f64 = 0.0, "Weight decay, not of norms [default: 0]";
+    max_grad_norm: f64 = 1.0, "Longer gradients are shortened to this; 0 does not [default: 1]";
+    adam_beta1: f64 = 0.9, "AdamW's first decay [default: 0.9]";
+    adam_beta2: f64 = 0.999, "AdamW's second decay [default: 0.999]";
+    adam_epsilon: f64 = 1e-8, "AdamW's epsilon [default: 1e-8]";
+    seed: u64 = 42, "The same seed gives the same bits [default: 42]";
+    logging_steps: usize = 10, "A line of figures every so many steps [default: 10]";
+    #[arg(value_name = "F.jsonl")]
+    eval_data: PathBuf = PathBuf::new(), "Rows to evaluate on";
+    eval_steps: usize = 0, "An evaluation every so many steps; one at the end is always made";
+    max_eval_samples: usize = 100, "The most rows of --eval-data that are used [default: 100]";
+    max_length: usize = 1024, "Longer sequences are cut to so many tokens, and reported [default: 1024]";
+    r: usize = 8, "The rank of the adapters [default: 8]";
+    lora_alpha: f64 = 16.0, "The adapters' scale is this through r [default: 16]";
+    lora_dropout: f64 = 0.0, "The chance with which an adapter's input is dropped [default: 0]";
+    #[arg(value_parser = parse_targets, value_name = "NAMES|REGEX")]
+    target_modules: TargetModules = TargetModules::Pattern("all-linear".into()),
+        "Layers with an adapter: names with commas, a regular expression, or all-linear [default: all-linear]";
+    #[arg(num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
+    use_rslora: bool = false, "Scale by lora_alpha / √r";
+}
+
+/// A path that was not given, which TOML cannot express.
+fn is_absent<T: 'static>(value: &T) -> bool {
+    let value: &dyn std::any::Any = value;
+    value
+        .downcast_ref::<PathBuf>()
+        .is_some_and(|path| path.as_os_str().is_empty())
+}
+
+/// `all-linear`, a regular expression (anything with a character that a name does not have), or names.
+#[expect(clippy::unnecessary_wraps, reason = "clap's value parsers return a result")]
+fn parse_targets(text: &str) -> Result<TargetModules, std::convert::Infallible> {
+    let name = |c: char| c.is_alphanumeric() || matches!(c, '_' | '.' | ',' | '-' | ' ');
+    if text == "all-linear" || !text.chars().all(name) {
+        return Ok(TargetModules::Pattern(text.to_owned()));
+    }
+    let names = text.split(',').map(str::trim).filter(|name| !name.is_empty());
+    Ok(TargetModules::Names(names.map(str::to_owned).collect()))
+}
+
+/// Reads a TOML file of options; an unknown key is refused with the nearest name.
+pub fn read_toml(path: &Path) -> Result<SftOptions, UsageError> {
+    let bad = |why: String| UsageError::Config(path.to_path_buf(), why);
+    let text = std::fs::read_to_string(path).map_err(|e| bad(e.to_string()))?;
+    let table: toml::Table = toml::from_str(&text).map_err(|e| bad(e.to_string()))?;
+    for key in table.keys() {
+        if !SftOptions::KEYS.contains(&key.as_str()) {
+            let nearest = SftOptions::KEYS
+                .iter()
+                .max_by(|a, b| strsim::jaro_winkler(a, key).total_cmp(&strsim::jaro_winkler(b, key)));
+            return Err(bad(format!(
+                "unknown key `{key}`\nhint: did you mean `{}`?",
+                nearest.unwrap_or(&"")
+            )));
+        }
+    }
+    toml::from_str(&text).map_err(|e| bad(e.to_string()))
+}
+
+impl SftConfig {
+    /// Refuses values that cannot be meant.
+    pub fn check(&self) -> Result<(), UsageError> {
+        let usage = |text: String| Err(UsageError::Usage(text));
+        for (flag, path) in [
+            ("--model", &self.model),
+            ("--data", &self.data),
+            ("--output-dir (-o)", &self.output_dir),
+        ] {
+            if path.as_os_str().is_empty() {
+                return usage(format!(
+                    "{flag} is missing\nhint: pipit-distill sft --help shows an example"
+                ));
+            }
+        }
+        for (flag, value) in [
+            ("--per-device-train-batch-size", self.per_device_train_batch_size),
+            ("--gradient-accumulation-steps", self.gradient_accumulation_steps),
+            ("--logging-steps", self.logging_steps),
+            ("--r", self.r),
+        ] {
+            if value == 0 {
+                return usage(format!("{flag} must be at least 1"));
+            }
+        }
+        for (flag, value, low, high) in [
+            ("--learning-rate", self.learning_rate, f64::MIN_POSITIVE, 1e3),
+            (
+                "--num-train-epochs",
+                self.num_train_epochs,
+                f64::MIN_POSITIVE,
+                1e6,
+            ),
+            ("--warmup-ratio", self.warmup_ratio, 0.0, 1.0),
+            ("--weight-decay", self.weight_decay, 0.0, 1e3),
+            ("--max-grad-norm", self.max_grad_norm, 0.0, f64::MAX),
+            ("--adam-beta1", self.adam_beta1, 0.0, 1.0 - f64::EPSILON),
+            ("--adam-beta2", self.adam_beta2, 0.0, 1.0 - f64::EPSILON),
+            ("--adam-epsilon", self.adam_epsilon, f64::MIN_POSITIVE, 1.0),
+            ("--lora-alpha", self.lora_alpha, f64::MIN_POSITIVE, 1e6),
+            ("--lora-dropout", self.lora_dropout, 0.0, 1.0 - f64::EPSILON),
+        ] {
+            if !(low..=high).contains(&value) {
+                return usage(format!("{flag} is {value}, which is out of range"));
+            }
+        }
+        if self.max_length < 2 {
+            return usage(
+                "--max-length must be at least 2: a token is predicted from the one before it".into(),
+            );
+        }
+        Ok(())
+    }
+
+    /// The number of steps, and of those that warm up.
+    pub fn steps(&self, steps_per_epoch: usize) -> (usize, usize) {
+        let steps = match self.max_steps {
+            0 => ((steps_per_epoch as f64 * self.num_train_epochs).ceil() as usize).max(1),
+            steps => steps,
+        };
+        let warmup = match self.warmup_steps {
+            0 => (self.warmup_ratio * steps as f64).ceil() as usize,
+            warmup => warmup,
+        };
+        (steps, warmup)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn toml_file(text: &str) -> Result<SftOptions, UsageError> {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), text).unwrap();
+        read_toml(file.path())
+    }
+
+    #[test]
+    fn flags_win_over_the_file_and_the_file_over_defaults() {
+        let flags = SftOptions {
+            learning_rate: Some(1e-3),
+            ..SftOptions::default()
+        };
+        let file = toml_file("learning_rate = 5e-5\nmax_steps = 7\ntarget_modules = ['q_proj']").unwrap();
+        let config = flags.resolve(file);
+        assert_eq!(
+            (config.learning_rate, config.max_steps, config.seed),
+            (1e-3, 7, 42)
+        );
+        assert_eq!(config.target_modules, TargetModules::Names(vec!["q_proj".into()]));
+    }
+
+    #[test]
+    fn an_unknown_key_is_refused_with_the_nearest_name() {
+        let error = toml_file("learning_rte = 1").unwrap_err().to_string();
+        assert!(
+            error.contains("`learning_rte`") && error.contains("`learning_rate`"),
+            "{error}"
+        );
+        assert!(toml_file("learning_rate = 'high'").is_err());
+    }
+
+    #[test]
+    fn a_resolved_configuration_can_be_read_again() {
+        let config = SftOptions::default().resolve(SftOptions::default());
+        let text = toml::to_string(&config).unwrap();
+        let again = toml_file(&text).unwrap().resolve(SftOptions::default());
+        assert_eq!(toml::to_string(&again).unwrap(), text);
+    }
+
+    #[test]
+    fn steps_and_warm_up() {
+        let mut config = SftOptions::default().resolve(SftOptions::default());
+        config.warmup_ratio = 0.1;
+        assert_eq!(config.steps(7), (21, 3));
+        config.max_steps = 5;
+        assert_eq!(config.steps(7), (5, 1));
+    }
+
+    #[test]
+    fn targets_are_names_or_an_expression() {
+        assert_eq!(
+            parse_targets("q_proj, v_proj"),
+            Ok(TargetModules::Names(vec!["q_proj".into(), "v_proj".into()]))
+        );
+        assert_eq!(
+            parse_targets("all-linear"),
+            Ok(TargetModules::Pattern("all-linear".into()))
+        );
+        assert_eq!(
+            parse_targets(r".*\.0\..*"),
+            Ok(TargetModules::Pattern(r".*\.0\..*".into()))
+        );
+    }
+}
