@@ -81,7 +81,8 @@ pub(crate) fn main() -> ExitCode {
             ExitCode::SUCCESS
         }
         Err(e) => {
-            eprintln!("error: {e:#}");
+            // Every error of the library says in its own text what caused it.
+            eprintln!("error: {e}");
             if bar::stopped() {
                 ExitCode::from(INTERRUPTED)
             } else {

@@ -476,7 +476,7 @@ fn a_disk_that_fills_is_one_line_and_leaves_nothing() {
         let message = stderr(&output);
         assert_eq!(output.status.code(), Some(1), "{message}");
         assert!(
-            message.starts_with("error: cannot write ") && message.contains("File too large"),
+            message.starts_with("error: cannot write ") && message.matches("File too large").count() == 1,
             "{message}"
         );
         assert_eq!(message.lines().count(), 1, "{message}");

@@ -2,6 +2,9 @@
 //!
 //! Source: transformers models/llama, llama.cpp conversion/llama.py and src/models/llama.cpp.
 
+mod rope;
+
+use rope::{Rope, llama3_factors, rope_of};
 use serde_json::{Map, Value as Json, json};
 
 use super::{ArchError, Architecture, Config, ExtraTensor, RowOrder, TensorRule};
@@ -19,6 +22,9 @@ pub const LLAMA: Architecture = Architecture {
 
 /// The name of the tensor that scales the rotation's frequencies.
 const ROPE_FREQS: &str = "rope_freqs.weight";
+
+/// More layers than any model has: what is more is damage, and must not cost memory.
+const MAX_LAYERS: usize = 4096;
 
 /// A dimension, by what it counts.
 #[derive(Clone, Copy)]
@@ -130,6 +136,12 @@ impl Sizes {
                 format!("is {head_dim}; the rotation needs an even number"),
             ));
         }
+        if sizes.layers > MAX_LAYERS {
+            return Err(config.error(
+                "num_hidden_layers",
+                format!("is {}, more than {MAX_LAYERS}", sizes.layers),
+            ));
+        }
         if heads % sizes.kv_heads != 0 {
             return Err(config.error("num_key_value_heads", "does not divide num_attention_heads"));
         }
@@ -222,53 +234,6 @@ fn refuse_what_is_not_built(config: &Config<'_>) -> Result<(), ArchError> {
     }
 }
 
-/// `rope_parameters` (transformers 5) or `rope_scaling` and `rope_theta` (before).
-struct Rope {
-    theta: f64,
-    kind: String,
-    parameters: Map<String, Json>,
-}
-
-impl Rope {
-    fn new(config: &Config<'_>) -> Result<Self, ArchError> {
-        let at = if config.get("rope_parameters").is_some() {
-            "rope_parameters"
-        } else {
-            "rope_scaling"
-        };
-        let parameters = match config.get(at) {
-            None => Map::new(),
-            Some(Json::Object(parameters)) => parameters.clone(),
-            Some(other) => return Err(config.error(at, format!("is {other}, not an object"))),
-        };
-        let own = Config(&parameters);
-        let theta = match own.number_opt("rope_theta")? {
-            Some(theta) => theta,
-            None => config.number_opt("rope_theta")?.unwrap_or(10000.0),
-        };
-        let kind = own
-            .get("rope_type")
-            .or(own.get("type"))
-            .and_then(Json::as_str)
-            .unwrap_or("default");
-        if !matches!(kind, "default" | "linear" | "llama3") {
-            return Err(config.error(
-                at,
-                format!("asks for {kind}; default, linear and llama3 are built"),
-            ));
-        }
-        Ok(Self {
-            theta,
-            kind: kind.to_owned(),
-            parameters,
-        })
-    }
-
-    fn number(&self, key: &str, default: f64) -> Result<f64, ArchError> {
-        Ok(Config(&self.parameters).number_opt(key)?.unwrap_or(default))
-    }
-}
-
 fn extra_tensors(config: &Map<String, Json>) -> Result<Vec<ExtraTensor>, ArchError> {
     let config = &Config(config);
     let rope = Rope::new(config)?;
@@ -287,27 +252,6 @@ fn extra_tensors(config: &Map<String, Json>) -> Result<Vec<ExtraTensor>, ArchErr
         gguf: ROPE_FREQS.into(),
         values,
     }])
-}
-
-/// By how much each frequency of the rotation is divided, `head_dim / 2` values: 1 for short wavelengths, the
-/// factor for long ones, in between for those in between (llama.py, `generate_extra_tensors`; f32 as there).
-fn llama3_factors(head_dim: usize, theta: f64, factor: f64, low: f64, high: f64, context: f64) -> Vec<f32> {
-    let (factor, low, high, context) = (factor as f32, low as f32, high as f32, context as f32);
-    let exponents = (0..head_dim).step_by(2).map(|i| i as f32 / head_dim as f32);
-    exponents
-        .map(|exponent| {
-            let frequency = 1.0 / (theta as f32).powf(exponent);
-            let wavelength = std::f32::consts::TAU / frequency;
-            if wavelength < context / high {
-                1.0
-            } else if wavelength > context / low {
-                factor
-            } else {
-                let smooth = (context / wavelength - low) / (high - low);
-                1.0 / ((1.0 - smooth) / factor + smooth)
-            }
-        })
-        .collect()
 }
 
 fn metadata(config: &Map<String, Json>) -> Result<Vec<(String, Value)>, ArchError> {
@@ -416,45 +360,6 @@ fn config(gguf: &Gguf) -> Result<Map<String, Json>, ArchError> {
     match config {
         Json::Object(config) => Ok(config),
         _ => Err(ArchError::Unsupported("the configuration is no object".into())),
-    }
-}
-
-/// The `rope_parameters` that the keys and the frequency tensor stand for.
-fn rope_of(gguf: &Gguf, head_dim: usize, theta: f64) -> Result<Json, ArchError> {
-    let scaling = match gguf.get("llama.rope.scaling.type") {
-        None => "none",
-        Some(_) => gguf.string("llama.rope.scaling.type")?,
-    };
-    match (scaling, gguf.tensor(ROPE_FREQS)) {
-        ("none", None) => Ok(json!({"rope_type": "default", "rope_theta": theta})),
-        ("linear", None) => {
-            let factor = shortest(gguf.float("llama.rope.scaling.factor")?);
-            Ok(json!({"rope_type": "linear", "rope_theta": theta, "factor": factor}))
-        }
-        ("none", Some(tensor)) => {
-            let (chunks, _) = gguf.data(tensor).as_chunks::<4>();
-            let values: Vec<f32> = chunks.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
-            // The last frequency is the lowest one: its factor is the factor. The rest is Llama 3's own.
-            let factor = values.last().copied().unwrap_or(1.0);
-            let expected = llama3_factors(head_dim, theta, factor.into(), 1.0, 4.0, 8192.0);
-            let close = |(a, b): (&f32, &f32)| (a - b).abs() <= 1e-5 * b.abs();
-            if expected.len() != values.len() || !values.iter().zip(&expected).all(close) {
-                return Err(ArchError::Unsupported(format!(
-                    "{}: {ROPE_FREQS} does not hold the factors of Llama 3.1 or 3.2, and nothing else is built",
-                    gguf.path().display()
-                )));
-            }
-            Ok(json!({
-                "rope_type": "llama3", "rope_theta": theta, "factor": shortest(factor), "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
-            }))
-        }
-        (other, _) => Err(gguf
-            .key_error(
-                "llama.rope.scaling.type",
-                &format!("is {other}, which is not built"),
-            )
-            .into()),
     }
 }
 
