@@ -37,7 +37,9 @@ pub struct Broker {
 
 impl std::fmt::Debug for Broker {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Broker").field("address", &self.address).finish_non_exhaustive()
+        f.debug_struct("Broker")
+            .field("address", &self.address)
+            .finish_non_exhaustive()
     }
 }
 
@@ -47,7 +49,11 @@ impl Broker {
     /// # Errors
     /// A port that cannot be had.
     pub async fn start(address: SocketAddr, most_packet_bytes: usize) -> Result<Self, BrokerError> {
-        let fail = |reason: String| BrokerError::Listen { address, ip: address.ip(), reason };
+        let fail = |reason: String| BrokerError::Listen {
+            address,
+            ip: address.ip(),
+            reason,
+        };
         // The broker's own listener takes a port that is in use without a word on some systems: ask first.
         drop(std::net::TcpListener::bind(address).map_err(|error| fail(error.to_string()))?);
         let mut config = BrokerConfig {
@@ -63,7 +69,9 @@ impl Broker {
             ..BrokerConfig::default()
         };
         config.auth_config.allow_anonymous = true;
-        let mut broker = MqttBroker::with_config(config).await.map_err(|error| fail(error.to_string()))?;
+        let mut broker = MqttBroker::with_config(config)
+            .await
+            .map_err(|error| fail(error.to_string()))?;
         let address = broker.local_addr().unwrap_or(address);
         let stop = broker.shutdown_handle();
         let task = tokio::spawn(async move {

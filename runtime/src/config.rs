@@ -54,7 +54,10 @@ pub enum ConfigError {
 }
 
 fn value(key: &'static str, message: impl Into<String>) -> ConfigError {
-    ConfigError::Value { key, message: message.into() }
+    ConfigError::Value {
+        key,
+        message: message.into(),
+    }
 }
 
 /// `[broker]`
@@ -78,7 +81,12 @@ pub struct BrokerSection {
 impl Default for BrokerSection {
     fn default() -> Self {
         Self {
-            url: if cfg!(feature = "embedded-broker") { EMBEDDED } else { "mqtt://127.0.0.1:1883" }.to_owned(),
+            url: if cfg!(feature = "embedded-broker") {
+                EMBEDDED
+            } else {
+                "mqtt://127.0.0.1:1883"
+            }
+            .to_owned(),
             username: None,
             password_file: None,
             ca: None,
@@ -106,7 +114,13 @@ pub struct ModelSection {
 
 impl Default for ModelSection {
     fn default() -> Self {
-        Self { path: None, n_ctx: 2048, threads: 0, prefill_chunk: 128, hang_s: 120 }
+        Self {
+            path: None,
+            n_ctx: 2048,
+            threads: 0,
+            prefill_chunk: 128,
+            hang_s: 120,
+        }
     }
 }
 
@@ -126,7 +140,12 @@ pub struct SamplingSection {
 
 impl Default for SamplingSection {
     fn default() -> Self {
-        Self { temperature: 0.0, top_p: 0.95, top_k: 40, min_p: 0.05 }
+        Self {
+            temperature: 0.0,
+            top_p: 0.95,
+            top_k: 40,
+            min_p: 0.05,
+        }
     }
 }
 
@@ -140,7 +159,9 @@ pub struct ReplySection {
 
 impl Default for ReplySection {
     fn default() -> Self {
-        Self { prefixes: vec!["reply/".to_owned()] }
+        Self {
+            prefixes: vec!["reply/".to_owned()],
+        }
     }
 }
 
@@ -156,7 +177,10 @@ pub struct JournalSection {
 
 impl Default for JournalSection {
     fn default() -> Self {
-        Self { bytes: 16 * 1024 * 1024, answer_hours: 24 }
+        Self {
+            bytes: 16 * 1024 * 1024,
+            answer_hours: 24,
+        }
     }
 }
 
@@ -226,8 +250,10 @@ impl Config {
     /// # Errors
     /// [`ConfigError`]
     pub fn read(path: &Path) -> Result<Self, ConfigError> {
-        let text = std::fs::read_to_string(path)
-            .map_err(|source| ConfigError::Io { path: path.to_owned(), source })?;
+        let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Io {
+            path: path.to_owned(),
+            source,
+        })?;
         Self::parse(&text, path)
     }
 
@@ -236,11 +262,19 @@ impl Config {
     /// # Errors
     /// [`ConfigError`]
     pub fn parse(text: &str, path: &Path) -> Result<Self, ConfigError> {
-        let syntax =
-            |message: String| ConfigError::Syntax { path: path.to_owned(), message: message.trim().to_owned() };
-        let table: toml::Table = text.parse().map_err(|error: toml::de::Error| syntax(error.to_string()))?;
+        let syntax = |message: String| ConfigError::Syntax {
+            path: path.to_owned(),
+            message: message.trim().to_owned(),
+        };
+        let table: toml::Table = text
+            .parse()
+            .map_err(|error: toml::de::Error| syntax(error.to_string()))?;
         if let Some((key, hint)) = unknown_key(&table) {
-            return Err(ConfigError::UnknownKey { path: path.to_owned(), key, hint });
+            return Err(ConfigError::UnknownKey {
+                path: path.to_owned(),
+                key,
+                hint,
+            });
         }
         toml::from_str(text).map_err(|error| syntax(error.to_string()))
     }
@@ -253,7 +287,10 @@ impl Config {
         if !valid_id(&self.device) {
             return Err(value(
                 "device",
-                format!("`{}` is no device name; hint: 1 to 64 of A-Z a-z 0-9 _ . -", self.device),
+                format!(
+                    "`{}` is no device name; hint: 1 to 64 of A-Z a-z 0-9 _ . -",
+                    self.device
+                ),
             ));
         }
         if self.root.is_empty()
@@ -268,7 +305,9 @@ impl Config {
             return Err(value("broker.keep_alive_s", "must be 5 to 3600"));
         }
         if let Some(prefix) = self.reply.prefixes.iter().find(|prefix| {
-            prefix.trim_matches('/').is_empty() || prefix.starts_with('$') || prefix.contains(['+', '#', '\0'])
+            prefix.trim_matches('/').is_empty()
+                || prefix.starts_with('$')
+                || prefix.contains(['+', '#', '\0'])
         }) {
             return Err(value(
                 "reply.prefixes",
@@ -276,7 +315,10 @@ impl Config {
             ));
         }
         if self.limits.max_tokens == 0 || self.limits.queue == 0 || self.limits.request_bytes == 0 {
-            return Err(value("limits", "max_tokens, queue and request_bytes must be at least 1"));
+            return Err(value(
+                "limits",
+                "max_tokens, queue and request_bytes must be at least 1",
+            ));
         }
         if self.model.n_ctx < 16 || self.model.hang_s < 10 {
             return Err(value("model", "n_ctx must be at least 16, hang_s at least 10"));
@@ -289,13 +331,22 @@ impl Config {
     /// # Errors
     /// When none of them is known.
     pub fn state_dir(&self) -> Result<PathBuf, ConfigError> {
-        let from = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+        let from = |name: &str| {
+            std::env::var_os(name)
+                .filter(|value| !value.is_empty())
+                .map(PathBuf::from)
+        };
         self.state_dir
             .clone()
             .or_else(|| from("STATE_DIRECTORY"))
             .or_else(|| from("XDG_STATE_HOME").map(|folder| folder.join("pipit")))
             .or_else(|| from("HOME").map(|home| home.join(".local/state/pipit")))
-            .ok_or_else(|| value("state_dir", "no folder for the state; hint: --state-dir names one"))
+            .ok_or_else(|| {
+                value(
+                    "state_dir",
+                    "no folder for the state; hint: --state-dir names one",
+                )
+            })
     }
 }
 
@@ -324,7 +375,9 @@ impl Address {
         let fail = |why: &str| {
             value(
                 "broker",
-                format!("`{url}` {why}; hint: mqtt://HOST[:PORT], mqtts://HOST[:PORT] or embedded[://ADDR:PORT]"),
+                format!(
+                    "`{url}` {why}; hint: mqtt://HOST[:PORT], mqtts://HOST[:PORT] or embedded[://ADDR:PORT]"
+                ),
             )
         };
         if url == "embedded" {
@@ -345,20 +398,30 @@ impl Address {
             _ => return Err(fail("has an unknown scheme")),
         };
         if rest.contains('@') {
-            return Err(fail("holds a password; hint: [broker] username and password_file"));
+            return Err(fail(
+                "holds a password; hint: [broker] username and password_file",
+            ));
         }
         let (host, port) = match rest.rsplit_once(':') {
             // [::1]:1883, and ::1 without a port.
-            Some((host, port)) if !host.contains(':') || host.ends_with(']') => {
-                (host, port.parse().ok().filter(|&port| port > 0).ok_or_else(|| fail("has no such port"))?)
-            }
+            Some((host, port)) if !host.contains(':') || host.ends_with(']') => (
+                host,
+                port.parse()
+                    .ok()
+                    .filter(|&port| port > 0)
+                    .ok_or_else(|| fail("has no such port"))?,
+            ),
             _ => (rest, default_port),
         };
         let host = host.trim_matches(['[', ']']);
         if host.is_empty() || host.contains(['/', '?', '#', ' ']) {
             return Err(fail("has no host"));
         }
-        Ok(Self::Remote { host: host.to_owned(), port, tls })
+        Ok(Self::Remote {
+            host: host.to_owned(),
+            port,
+            tls,
+        })
     }
 }
 
@@ -370,7 +433,13 @@ pub fn host_name() -> String {
     let id: String = name
         .trim()
         .chars()
-        .map(|letter| if letter.is_ascii_alphanumeric() || "_.-".contains(letter) { letter } else { '-' })
+        .map(|letter| {
+            if letter.is_ascii_alphanumeric() || "_.-".contains(letter) {
+                letter
+            } else {
+                '-'
+            }
+        })
         .take(64)
         .collect();
     if id.is_empty() { "pipit".to_owned() } else { id }
@@ -406,9 +475,15 @@ fn unknown_key(table: &toml::Table) -> Option<(String, String)> {
 
 /// Every key there is, as `section.key`.
 fn known_keys() -> Vec<String> {
-    let mut keys: Vec<String> = ["broker.username", "broker.password_file", "broker.ca", "model.path", "state_dir"]
-        .map(ToOwned::to_owned)
-        .to_vec();
+    let mut keys: Vec<String> = [
+        "broker.username",
+        "broker.password_file",
+        "broker.ca",
+        "model.path",
+        "state_dir",
+    ]
+    .map(ToOwned::to_owned)
+    .to_vec();
     // Keys without a default are absent here: they are listed above.
     if let Ok(toml::Value::Table(table)) = toml::Value::try_from(Config::default()) {
         for (key, entry) in table {
@@ -437,7 +512,9 @@ fn distance(a: &str, b: &str) -> usize {
         row[0] = i + 1;
         for (j, right) in b.bytes().enumerate() {
             let above = row[j + 1];
-            row[j + 1] = (above + 1).min(row[j] + 1).min(diagonal + usize::from(left != right));
+            row[j + 1] = (above + 1)
+                .min(row[j] + 1)
+                .min(diagonal + usize::from(left != right));
             diagonal = above;
         }
     }
@@ -454,7 +531,8 @@ mod tests {
 
     #[test]
     fn values_and_defaults() {
-        let config = parse("device = \"a\"\n[model]\nn_ctx = 512\npath = \"m.gguf\"\n[broker]\nca = \"c\"").unwrap();
+        let config =
+            parse("device = \"a\"\n[model]\nn_ctx = 512\npath = \"m.gguf\"\n[broker]\nca = \"c\"").unwrap();
         assert_eq!((config.device.as_str(), config.model.n_ctx), ("a", 512));
         assert_eq!(config.limits, Limits::default());
         assert!(config.check().is_ok());
@@ -469,13 +547,23 @@ mod tests {
             ("[model]\nnctx = 5", "model.nctx", "model.n_ctx"),
             ("[brokr]\nurl = \"x\"", "brokr", "broker"),
             ("devise = \"a\"", "devise", "device"),
-            ("[broker]\npassword-file = \"x\"", "broker.password-file", "broker.password_file"),
+            (
+                "[broker]\npassword-file = \"x\"",
+                "broker.password-file",
+                "broker.password_file",
+            ),
         ] {
             let error = parse(text).unwrap_err().to_string();
-            assert!(error.contains(&format!("`{key}`")) && error.contains(&format!("`{near}`")), "{error}");
+            assert!(
+                error.contains(&format!("`{key}`")) && error.contains(&format!("`{near}`")),
+                "{error}"
+            );
         }
         assert!(matches!(parse("model = "), Err(ConfigError::Syntax { .. })));
-        assert!(matches!(parse("[model]\nn_ctx = \"x\""), Err(ConfigError::Syntax { .. })));
+        assert!(matches!(
+            parse("[model]\nn_ctx = \"x\""),
+            Err(ConfigError::Syntax { .. })
+        ));
         assert!(matches!(parse("model = 3"), Err(ConfigError::Syntax { .. })));
     }
 
@@ -496,7 +584,11 @@ mod tests {
 
     #[test]
     fn addresses() {
-        let remote = |host: &str, port, tls| Address::Remote { host: host.to_owned(), port, tls };
+        let remote = |host: &str, port, tls| Address::Remote {
+            host: host.to_owned(),
+            port,
+            tls,
+        };
         assert_eq!(Address::parse("mqtt://h").unwrap(), remote("h", 1883, false));
         assert_eq!(Address::parse("mqtts://h:1/").unwrap(), remote("h", 1, true));
         assert_eq!(Address::parse("mqtt://[::1]:7").unwrap(), remote("::1", 7, false));
@@ -506,7 +598,15 @@ mod tests {
             Address::parse("embedded").unwrap(),
             Address::Embedded("127.0.0.1:1883".parse().unwrap())
         );
-        for bad in ["h", "mqtt://", "mqtt://h:0", "mqtt://h:x", "mqtt://u:p@h", "embedded://x", "mqtt://a/b"] {
+        for bad in [
+            "h",
+            "mqtt://",
+            "mqtt://h:0",
+            "mqtt://h:x",
+            "mqtt://u:p@h",
+            "embedded://x",
+            "mqtt://a/b",
+        ] {
             assert!(Address::parse(bad).is_err(), "{bad}");
         }
     }

@@ -73,7 +73,10 @@ pub async fn serve(
     let _lock = lock(&state)?;
     let (journal, replayed) = Journal::open(&state.join("journal"))?;
     if replayed.dropped_bytes > 0 {
-        tracing::warn!("journal: {} bytes at its end were torn and are dropped", replayed.dropped_bytes);
+        tracing::warn!(
+            "journal: {} bytes at its end were torn and are dropped",
+            replayed.dropped_bytes
+        );
     }
     let journal_bytes = journal.bytes();
     let table = Table::from_records(replayed.records);
@@ -100,7 +103,12 @@ pub async fn serve(
         hang: Duration::from_secs(config.model.hang_s),
         verbose,
     });
-    tracing::info!("device {}: model {} ({}), broker {broker_name}", config.device, model.display(), header.quantisation);
+    tracing::info!(
+        "device {}: model {} ({}), broker {broker_name}",
+        config.device,
+        model.display(),
+        header.quantisation
+    );
 
     // Hashing a large file takes seconds on a board: it goes beside the loading, and its result is kept.
     let (hash_path, hash_state) = (model.clone(), state.clone());
@@ -191,14 +199,20 @@ pub fn broker_options(config: &Config) -> Result<mqtt::Options, ConfigError> {
         Address::Remote { host, port, tls } => (host, port, tls.then(|| config.broker.ca.clone())),
         Address::Embedded(address) => {
             // A broker that listens everywhere is reached here.
-            let ip = if address.ip().is_unspecified() { "127.0.0.1".to_owned() } else { address.ip().to_string() };
+            let ip = if address.ip().is_unspecified() {
+                "127.0.0.1".to_owned()
+            } else {
+                address.ip().to_string()
+            };
             (ip, address.port(), None)
         }
     };
     let login = match (&config.broker.username, &config.broker.password_file) {
         (Some(user), Some(file)) => {
-            let password = std::fs::read_to_string(file)
-                .map_err(|source| ConfigError::Io { path: file.clone(), source })?;
+            let password = std::fs::read_to_string(file).map_err(|source| ConfigError::Io {
+                path: file.clone(),
+                source,
+            })?;
             Some((user.clone(), password.trim_end_matches(['\r', '\n']).to_owned()))
         }
         (Some(user), None) => Some((user.clone(), String::new())),
@@ -221,7 +235,11 @@ pub fn broker_options(config: &Config) -> Result<mqtt::Options, ConfigError> {
 /// A request as large as allowed, its topic and its properties. The reason for the second term is that a request
 /// which is a little too large shall get an answer that says so.
 fn most_packet_bytes(config: &Config) -> usize {
-    config.limits.request_bytes.saturating_mul(2).saturating_add(64 * 1024)
+    config
+        .limits
+        .request_bytes
+        .saturating_mul(2)
+        .saturating_add(64 * 1024)
 }
 
 fn state_folder(config: &Config) -> Result<PathBuf, DaemonError> {
@@ -247,7 +265,8 @@ fn lock(folder: &std::path::Path) -> Result<std::fs::File, DaemonError> {
     rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive).map_err(|_| {
         DaemonError::State {
             path: folder.to_owned(),
-            message: "another pipit uses it; hint: stop that one, or give this one another --state-dir".to_owned(),
+            message: "another pipit uses it; hint: stop that one, or give this one another --state-dir"
+                .to_owned(),
         }
     })?;
     Ok(file)
@@ -256,8 +275,16 @@ fn lock(folder: &std::path::Path) -> Result<std::fs::File, DaemonError> {
 /// SHA-256 of the model, computed once for each file: path, size and time of change are what it is kept under.
 fn known_sha256(model: &std::path::Path, state: &std::path::Path) -> std::io::Result<String> {
     let meta = std::fs::metadata(model)?;
-    let modified = meta.modified()?.duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
-    let name = format!("{} {} {}", std::path::absolute(model)?.display(), meta.len(), modified.as_nanos());
+    let modified = meta
+        .modified()?
+        .duration_since(std::time::UNIX_EPOCH)
+        .unwrap_or_default();
+    let name = format!(
+        "{} {} {}",
+        std::path::absolute(model)?.display(),
+        meta.len(),
+        modified.as_nanos()
+    );
     let file = state.join("model-sha256");
     if let Ok(known) = std::fs::read_to_string(&file)
         && let Some((sha256, known)) = known.split_once(' ')

@@ -202,7 +202,9 @@ pub fn run() -> anyhow::Result<()> {
     let mut engine = match llama::Llama::load(&settings) {
         Ok(engine) => engine,
         Err(error) => {
-            send(&FromWorker::Unloadable { message: error.to_string() })?;
+            send(&FromWorker::Unloadable {
+                message: error.to_string(),
+            })?;
             return Err(error.into());
         }
     };
@@ -223,11 +225,7 @@ pub fn run() -> anyhow::Result<()> {
 }
 
 /// Puts a frame where it belongs; true when it cancels `running`.
-fn sort(
-    frame: ToWorker,
-    running: Option<u64>,
-    waiting: &mut VecDeque<(u64, Job)>,
-) -> std::io::Result<bool> {
+fn sort(frame: ToWorker, running: Option<u64>, waiting: &mut VecDeque<(u64, Job)>) -> std::io::Result<bool> {
     match frame {
         ToWorker::Run { job, request } => waiting.push_back((job, *request)),
         ToWorker::Cancel { job } if running == Some(job) => return Ok(true),
@@ -235,7 +233,11 @@ fn sort(
             if let Some(at) = waiting.iter().position(|(number, _)| *number == job) {
                 waiting.remove(at);
                 let error = JobError::Cancelled;
-                send(&FromWorker::Failed { job, code: error.code(), message: error.to_string() })?;
+                send(&FromWorker::Failed {
+                    job,
+                    code: error.code(),
+                    message: error.to_string(),
+                })?;
             }
         }
         ToWorker::Load(_) => tracing::warn!("a second `load` is ignored: a model is changed by a new worker"),
@@ -256,7 +258,10 @@ fn answer(
             if text.is_empty() {
                 send(&FromWorker::Heartbeat)?;
             } else {
-                send(&FromWorker::Delta { job, text: text.to_owned() })?;
+                send(&FromWorker::Delta {
+                    job,
+                    text: text.to_owned(),
+                })?;
             }
             let mut cancelled = false;
             while let Ok(frame) = inbox.try_recv() {
@@ -277,7 +282,11 @@ fn answer(
     }
     send(&match result {
         Ok(finished) => FromWorker::Done { job, finished },
-        Err(error) => FromWorker::Failed { job, code: error.code(), message: error.to_string() },
+        Err(error) => FromWorker::Failed {
+            job,
+            code: error.code(),
+            message: error.to_string(),
+        },
     })
 }
 
@@ -293,19 +302,21 @@ fn send(frame: &FromWorker) -> std::io::Result<()> {
 /// Reads frames on a thread of its own; the end of the input ends the process, also in the middle of a decode.
 fn read_frames() -> std::io::Result<Receiver<ToWorker>> {
     let (frames, inbox) = channel();
-    std::thread::Builder::new().name("frames".to_owned()).spawn(move || {
-        for line in std::io::stdin().lock().lines() {
-            let Ok(line) = line else { break };
-            match serde_json::from_str(&line) {
-                Ok(frame) => {
-                    if frames.send(frame).is_err() {
-                        break;
+    std::thread::Builder::new()
+        .name("frames".to_owned())
+        .spawn(move || {
+            for line in std::io::stdin().lock().lines() {
+                let Ok(line) = line else { break };
+                match serde_json::from_str(&line) {
+                    Ok(frame) => {
+                        if frames.send(frame).is_err() {
+                            break;
+                        }
                     }
+                    Err(error) => tracing::error!("a frame that is not understood: {error}"),
                 }
-                Err(error) => tracing::error!("a frame that is not understood: {error}"),
             }
-        }
-        std::process::exit(0);
-    })?;
+            std::process::exit(0);
+        })?;
     Ok(inbox)
 }

@@ -140,7 +140,9 @@ fn proc_kib(file: &str, label: &str) -> Option<u64> {
 /// The hottest thermal zone, in thousandths of a degree Celsius.
 fn hottest() -> Option<i64> {
     (0..16)
-        .filter_map(|zone| std::fs::read_to_string(format!("/sys/class/thermal/thermal_zone{zone}/temp")).ok())
+        .filter_map(|zone| {
+            std::fs::read_to_string(format!("/sys/class/thermal/thermal_zone{zone}/temp")).ok()
+        })
         .filter_map(|text| text.trim().parse().ok())
         .max()
 }
@@ -156,7 +158,10 @@ pub struct Systemd {
 impl Systemd {
     /// Looks whether systemd wants a watchdog fed.
     pub fn new() -> Self {
-        Self { interval: sd_notify::watchdog_enabled().map(|patience| patience / 2), last: Instant::now() }
+        Self {
+            interval: sd_notify::watchdog_enabled().map(|patience| patience / 2),
+            last: Instant::now(),
+        }
     }
 
     /// The daemon takes requests.
@@ -176,7 +181,10 @@ impl Systemd {
 
     /// Feeds the watchdog when it is time; to be called at least once a second, while all is well.
     pub fn alive(&mut self) {
-        if self.interval.is_some_and(|interval| self.last.elapsed() >= interval) {
+        if self
+            .interval
+            .is_some_and(|interval| self.last.elapsed() >= interval)
+        {
             self.last = Instant::now();
             tell(&[NotifyState::Watchdog]);
         }
@@ -202,10 +210,20 @@ mod tests {
     #[test]
     fn payloads_are_json() {
         let status: Value = serde_json::from_slice(&status("d", State::Degraded, Some("why"))).unwrap();
-        assert_eq!((status["state"].as_str(), status["reason"].as_str()), (Some("degraded"), Some("why")));
+        assert_eq!(
+            (status["state"].as_str(), status["reason"].as_str()),
+            (Some("degraded"), Some("why"))
+        );
         let card: Value = serde_json::from_slice(&card(&Config::default(), &Author::default())).unwrap();
         assert_eq!(card["limits"]["queue"], 1024);
-        let payload = metrics(&Counters::default(), Instant::now(), 1, 2, 3, Some(std::process::id()));
+        let payload = metrics(
+            &Counters::default(),
+            Instant::now(),
+            1,
+            2,
+            3,
+            Some(std::process::id()),
+        );
         let metrics: Value = serde_json::from_slice(&payload).unwrap();
         assert_eq!(metrics["waiting"], 1);
         assert!(metrics["worker_resident_bytes"].as_u64().unwrap() > 1000);

@@ -87,7 +87,9 @@ pub enum JournalError {
         source: std::io::Error,
     },
     /// The file is something else.
-    #[error("journal {path} is not a journal of this version; hint: move it away, or name another --state-dir")]
+    #[error(
+        "journal {path} is not a journal of this version; hint: move it away, or name another --state-dir"
+    )]
     Foreign {
         /// The file.
         path: PathBuf,
@@ -126,7 +128,13 @@ impl Journal {
     /// # Errors
     /// I/O errors, and a file that is not a journal.
     pub fn open(path: &Path) -> Result<(Self, Replayed), JournalError> {
-        let fail = |action| move |source| JournalError::Io { path: path.to_owned(), action, source };
+        let fail = |action| {
+            move |source| JournalError::Io {
+                path: path.to_owned(),
+                action,
+                source,
+            }
+        };
         let mut file = OpenOptions::new()
             .read(true)
             .write(true)
@@ -149,18 +157,42 @@ impl Journal {
                 file.write_all(MAGIC).map_err(fail("write"))?;
                 file.sync_all().map_err(fail("sync"))?;
                 sync_folder(path).map_err(fail("sync folder of"))?;
-                let journal = Self { path: path.to_owned(), file, bytes: MAGIC.len() as u64 };
-                return Ok((journal, Replayed { records: Vec::new(), dropped_bytes: 0 }));
+                let journal = Self {
+                    path: path.to_owned(),
+                    file,
+                    bytes: MAGIC.len() as u64,
+                };
+                return Ok((
+                    journal,
+                    Replayed {
+                        records: Vec::new(),
+                        dropped_bytes: 0,
+                    },
+                ));
             }
-            None => return Err(JournalError::Foreign { path: path.to_owned() }),
+            None => {
+                return Err(JournalError::Foreign {
+                    path: path.to_owned(),
+                });
+            }
         };
         if good < total {
             file.set_len(good).map_err(fail("truncate"))?;
             file.sync_all().map_err(fail("sync"))?;
         }
         file.seek(SeekFrom::Start(good)).map_err(fail("seek"))?;
-        let journal = Self { path: path.to_owned(), file, bytes: good };
-        Ok((journal, Replayed { records, dropped_bytes: total - good }))
+        let journal = Self {
+            path: path.to_owned(),
+            file,
+            bytes: good,
+        };
+        Ok((
+            journal,
+            Replayed {
+                records,
+                dropped_bytes: total - good,
+            },
+        ))
     }
 
     /// Writes records at the end. They are safe after [`Self::sync`].
@@ -177,7 +209,11 @@ impl Journal {
             // Best effort: a tail that cannot be cut now is cut at the next start.
             let _ = self.file.set_len(self.bytes);
             let _ = self.file.seek(SeekFrom::Start(self.bytes));
-            return Err(JournalError::Io { path: self.path.clone(), action: "write", source });
+            return Err(JournalError::Io {
+                path: self.path.clone(),
+                action: "write",
+                source,
+            });
         }
         self.bytes += out.len() as u64;
         Ok(())
@@ -188,9 +224,11 @@ impl Journal {
     /// # Errors
     /// I/O errors.
     pub fn sync(&mut self) -> Result<(), JournalError> {
-        self.file
-            .sync_data()
-            .map_err(|source| JournalError::Io { path: self.path.clone(), action: "sync", source })
+        self.file.sync_data().map_err(|source| JournalError::Io {
+            path: self.path.clone(),
+            action: "sync",
+            source,
+        })
     }
 
     /// Replaces the file by one that holds only `records`: a new file beside it, synced, then renamed.
@@ -209,8 +247,12 @@ impl Journal {
             self.encode(record, &mut out)?;
         }
         let written = (|| {
-            let mut file =
-                OpenOptions::new().read(true).write(true).create(true).truncate(true).open(&beside)?;
+            let mut file = OpenOptions::new()
+                .read(true)
+                .write(true)
+                .create(true)
+                .truncate(true)
+                .open(&beside)?;
             file.write_all(&out)?;
             file.sync_all()?;
             std::fs::rename(&beside, &self.path)?;
@@ -242,7 +284,10 @@ impl Journal {
             source: source.into(),
         })?;
         if payload.len() > MOST_RECORD_BYTES {
-            return Err(JournalError::TooLarge { path: self.path.clone(), bytes: payload.len() });
+            return Err(JournalError::TooLarge {
+                path: self.path.clone(),
+                bytes: payload.len(),
+            });
         }
         out.extend((payload.len() as u32).to_le_bytes());
         out.extend(crc32fast::hash(&payload).to_le_bytes());

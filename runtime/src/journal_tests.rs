@@ -8,8 +8,15 @@ fn request(id: &str) -> Request {
     Request {
         id: id.to_owned(),
         fingerprint: None,
-        reply: Reply { topic: "reply/me".to_owned(), correlation: Some(vec![0, 255]), plain: false },
-        messages: vec![Message { role: Role::User, content: "hello".to_owned() }],
+        reply: Reply {
+            topic: "reply/me".to_owned(),
+            correlation: Some(vec![0, 255]),
+            plain: false,
+        },
+        messages: vec![Message {
+            role: Role::User,
+            content: "hello".to_owned(),
+        }],
         sampling: Sampling::default(),
         max_tokens: 5,
         stop: vec!["x".to_owned()],
@@ -24,12 +31,25 @@ fn key(id: &str) -> Key {
 }
 
 fn accepted(id: &str) -> Record {
-    Record::Accepted { at: 1, request: Box::new(request(id)) }
+    Record::Accepted {
+        at: 1,
+        request: Box::new(request(id)),
+    }
 }
 
 fn done(id: &str, body: &str) -> Record {
-    let answer = StoredAnswer { reply: request(id).reply, body: body.to_owned(), json: true, error: None, fingerprint: None };
-    Record::Done { at: 2, key: key(id), answer: Box::new(answer) }
+    let answer = StoredAnswer {
+        reply: request(id).reply,
+        body: body.to_owned(),
+        json: true,
+        error: None,
+        fingerprint: None,
+    };
+    Record::Done {
+        at: 2,
+        key: key(id),
+        answer: Box::new(answer),
+    }
 }
 
 fn delivered(id: &str) -> Record {
@@ -89,7 +109,11 @@ fn a_foreign_file_is_refused_and_kept() {
 fn a_full_disk_leaves_the_journal_whole() {
     let path = Path::new("/dev/full");
     let file = OpenOptions::new().read(true).write(true).open(path).unwrap();
-    let mut journal = Journal { path: path.to_owned(), file, bytes: 8 };
+    let mut journal = Journal {
+        path: path.to_owned(),
+        file,
+        bytes: 8,
+    };
     let error = journal.append(&[accepted("a")]).unwrap_err();
     assert!(error.to_string().contains("No space left"), "{error}");
     assert_eq!(journal.bytes(), 8);
@@ -110,7 +134,10 @@ fn compaction_keeps_the_sum() {
         journal.append(&records).unwrap();
         records.into_iter().for_each(|record| table.apply(record));
     }
-    let bounds = Bounds { bytes: 4000, age_ms: u64::MAX };
+    let bounds = Bounds {
+        bytes: 4000,
+        age_ms: u64::MAX,
+    };
     let erased = table.evict(bounds, 3);
     assert!(!erased.is_empty() && table.bytes() <= 4000);
     let before = journal.bytes();
@@ -129,7 +156,9 @@ fn one_answer_for_an_id() {
     let mut table = Table::from_records(vec![accepted("a"), done("a", "first")]);
     table.apply(done("a", "second"));
     table.apply(accepted("a"));
-    let Some(Stage::Done(answer)) = table.stage(&key("a")) else { panic!("{:?}", table.stage(&key("a"))) };
+    let Some(Stage::Done(answer)) = table.stage(&key("a")) else {
+        panic!("{:?}", table.stage(&key("a")))
+    };
     assert_eq!(answer.body, "first");
     table.apply(delivered("a"));
     assert!(matches!(table.stage(&key("a")), Some(Stage::Delivered(_))));
@@ -142,8 +171,14 @@ fn one_answer_for_an_id() {
 
 #[test]
 fn what_is_owed_is_never_evicted() {
-    let mut table =
-        Table::from_records(vec![accepted("a"), accepted("b"), done("b", "x"), accepted("c"), done("c", "y"), delivered("c")]);
+    let mut table = Table::from_records(vec![
+        accepted("a"),
+        accepted("b"),
+        done("b", "x"),
+        accepted("c"),
+        done("c", "y"),
+        delivered("c"),
+    ]);
     let erased = table.evict(Bounds { bytes: 0, age_ms: 0 }, u64::MAX);
     assert_eq!(erased, [Record::Erased { key: key("c") }]);
     assert!(table.stage(&key("a")).is_some() && table.stage(&key("b")).is_some());

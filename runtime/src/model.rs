@@ -43,7 +43,9 @@ pub enum ModelError {
         version: u32,
     },
     /// It ends too early.
-    #[error("model {path} is cut short: it has {bytes} bytes and needs at least {needs}; hint: copy it again")]
+    #[error(
+        "model {path} is cut short: it has {bytes} bytes and needs at least {needs}; hint: copy it again"
+    )]
     Truncated {
         /// The file.
         path: PathBuf,
@@ -80,28 +82,52 @@ pub struct Header {
 /// # Errors
 /// [`ModelError`]
 pub fn inspect(path: &Path) -> Result<Header, ModelError> {
-    let io = |source| ModelError::Io { path: path.to_owned(), source };
+    let io = |source| ModelError::Io {
+        path: path.to_owned(),
+        source,
+    };
     let file = File::open(path).map_err(io)?;
     let meta = file.metadata().map_err(io)?;
     if !meta.is_file() {
         return Err(io(std::io::Error::other("is not a file")));
     }
     let bytes = meta.len();
-    let mut reader = Reader { inner: BufReader::new(file), at: 0 };
+    let mut reader = Reader {
+        inner: BufReader::new(file),
+        at: 0,
+    };
     let mut magic = [0; 4];
     if reader.fill(&mut magic).is_err() || &magic != b"GGUF" {
-        return Err(ModelError::NotGguf { path: path.to_owned() });
+        return Err(ModelError::NotGguf {
+            path: path.to_owned(),
+        });
     }
-    let version = reader.u32().map_err(|_| ModelError::NotGguf { path: path.to_owned() })?;
+    let version = reader.u32().map_err(|_| ModelError::NotGguf {
+        path: path.to_owned(),
+    })?;
     if !(2..=3).contains(&version) {
-        return Err(ModelError::Version { path: path.to_owned(), version });
+        return Err(ModelError::Version {
+            path: path.to_owned(),
+            version,
+        });
     }
     let (mut header, needs) = read_header(&mut reader).map_err(|what| match what {
-        Damage::End => ModelError::Truncated { path: path.to_owned(), bytes, needs: bytes + 1 },
-        Damage::What(what) => ModelError::Damaged { path: path.to_owned(), what },
+        Damage::End => ModelError::Truncated {
+            path: path.to_owned(),
+            bytes,
+            needs: bytes + 1,
+        },
+        Damage::What(what) => ModelError::Damaged {
+            path: path.to_owned(),
+            what,
+        },
     })?;
     if bytes < needs {
-        return Err(ModelError::Truncated { path: path.to_owned(), bytes, needs });
+        return Err(ModelError::Truncated {
+            path: path.to_owned(),
+            bytes,
+            needs,
+        });
     }
     header.bytes = bytes;
     Ok(header)
@@ -164,7 +190,11 @@ impl<R: Read> Reader<R> {
     fn skip(&mut self, bytes: u64) -> std::io::Result<()> {
         let skipped = std::io::copy(&mut (&mut self.inner).take(bytes), &mut std::io::sink())?;
         self.at += skipped;
-        if skipped < bytes { Err(std::io::ErrorKind::UnexpectedEof.into()) } else { Ok(()) }
+        if skipped < bytes {
+            Err(std::io::ErrorKind::UnexpectedEof.into())
+        } else {
+            Ok(())
+        }
     }
 
     fn string(&mut self) -> Result<String, Damage> {
@@ -212,12 +242,17 @@ fn read_header<R: Read>(reader: &mut Reader<R>) -> Result<(Header, u64), Damage>
     if tensors > MOST_ENTRIES || keys > MOST_ENTRIES {
         return Err(Damage::What(format!("{tensors} tensors and {keys} keys")));
     }
-    let mut header = Header { quantisation: "unknown".to_owned(), ..Header::default() };
+    let mut header = Header {
+        quantisation: "unknown".to_owned(),
+        ..Header::default()
+    };
     let mut alignment = 32_u64;
     for _ in 0..keys {
         let key = reader.string()?;
         let kind = reader.u32()?;
-        let Some(value) = reader.value(kind, 0)? else { continue };
+        let Some(value) = reader.value(kind, 0)? else {
+            continue;
+        };
         match key.as_str() {
             "general.architecture" => header.architecture = value,
             "general.name" => header.name = Some(value),
@@ -250,7 +285,14 @@ fn read_header<R: Read>(reader: &mut Reader<R>) -> Result<(Header, u64), Damage>
         most = most.max(end);
     }
     let data = reader.at.next_multiple_of(alignment);
-    Ok((header, if tensors == 0 { reader.at } else { data.saturating_add(most) }))
+    Ok((
+        header,
+        if tensors == 0 {
+            reader.at
+        } else {
+            data.saturating_add(most)
+        },
+    ))
 }
 
 /// Elements and bytes of a block of a ggml type (ggml/src/ggml.c, type_traits). A type that is not known here
@@ -369,13 +411,22 @@ mod tests {
     fn whole_and_cut() {
         let content = tiny();
         let header = look(&content).unwrap();
-        assert_eq!((header.architecture.as_str(), header.quantisation.as_str()), ("llama", "Q4_K_M"));
+        assert_eq!(
+            (header.architecture.as_str(), header.quantisation.as_str()),
+            ("llama", "Q4_K_M")
+        );
         for cut in 8..content.len() {
-            assert!(matches!(look(&content[..cut]), Err(ModelError::Truncated { .. })), "cut at {cut}");
+            assert!(
+                matches!(look(&content[..cut]), Err(ModelError::Truncated { .. })),
+                "cut at {cut}"
+            );
         }
         assert!(matches!(look(b"GGML whatever"), Err(ModelError::NotGguf { .. })));
         assert!(matches!(look(b""), Err(ModelError::NotGguf { .. })));
-        assert!(matches!(inspect(Path::new("/nonexistent.gguf")), Err(ModelError::Io { .. })));
+        assert!(matches!(
+            inspect(Path::new("/nonexistent.gguf")),
+            Err(ModelError::Io { .. })
+        ));
         assert!(matches!(inspect(Path::new("/")), Err(ModelError::Io { .. })));
     }
 

@@ -28,7 +28,8 @@ use rumqttc::mqttbytes::v5::{
 };
 use rumqttc::{
     AckMode, AsyncClient, EventLoop, MqttOptions, PersistedAckMode, PersistedSession, PublishNotice,
-    PublishNoticeError, PublishOptions, PublishResult, SessionStore, SessionStoreError, SessionStoreKey, Transport,
+    PublishNoticeError, PublishOptions, PublishResult, SessionStore, SessionStoreError, SessionStoreKey,
+    Transport,
 };
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -187,7 +188,13 @@ impl Link {
         let transport = transport(&options)?;
         let (commands, inbox) = mpsc::channel(CHANNEL);
         let (events, outbox) = mpsc::channel(CHANNEL);
-        let task = Task { options, transport, events, outbox: BTreeMap::new(), epoch: 0 };
+        let task = Task {
+            options,
+            transport,
+            events,
+            outbox: BTreeMap::new(),
+            epoch: 0,
+        };
         tokio::spawn(task.run(inbox));
         Ok((Self { commands }, outbox))
     }
@@ -223,8 +230,10 @@ fn transport(options: &Options) -> Result<Transport, LinkError> {
             Transport::try_tls_with_default_config().map_err(|error| LinkError::Tls(error.to_string()))
         }
         Some(Some(path)) => {
-            let ca =
-                std::fs::read(path).map_err(|source| LinkError::Ca { path: path.clone(), source })?;
+            let ca = std::fs::read(path).map_err(|source| LinkError::Ca {
+                path: path.clone(),
+                source,
+            })?;
             Ok(Transport::tls(ca, None, None))
         }
     }
@@ -262,7 +271,10 @@ struct Session {
 }
 
 enum Notice {
-    Published { token: u64, result: Result<PublishResult, PublishNoticeError> },
+    Published {
+        token: u64,
+        result: Result<PublishResult, PublishNoticeError>,
+    },
     Subscribed(Result<(), String>),
 }
 
@@ -315,15 +327,17 @@ impl Task {
     }
 
     async fn session(&mut self, inbox: &mut mpsc::Receiver<Command>) -> End {
-        let (client, event_loop) =
-            match AsyncClient::builder(self.mqtt_options()).capacity(CHANNEL).try_build() {
-                Ok(built) => built,
-                Err(error) => return End::Lost(error.to_string()),
-            };
+        let (client, event_loop) = match AsyncClient::builder(self.mqtt_options())
+            .capacity(CHANNEL)
+            .try_build()
+        {
+            Ok(built) => built,
+            Err(error) => return End::Lost(error.to_string()),
+        };
         let (events, polled) = mpsc::channel(CHANNEL);
         // A quiet link answers a ping in each keep-alive interval.
-        let patience = Duration::from_secs(u64::from(self.options.keep_alive_s)).mul_f64(1.5)
-            + Duration::from_secs(2);
+        let patience =
+            Duration::from_secs(u64::from(self.options.keep_alive_s)).mul_f64(1.5) + Duration::from_secs(2);
         let poller = tokio::spawn(poll(event_loop, patience, events));
         let mut session = Session {
             client,
@@ -344,7 +358,10 @@ impl Task {
         retry.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             let behind = !session.waiting.is_empty()
-                || session.unacked.front().is_some_and(|(_, _, acknowledged)| *acknowledged);
+                || session
+                    .unacked
+                    .front()
+                    .is_some_and(|(_, _, acknowledged)| *acknowledged);
             tokio::select! {
                 event = session.polled.recv() => match event {
                     Some(Ok(event)) => {
@@ -420,7 +437,9 @@ impl Task {
                             .return_codes
                             .iter()
                             .find(|code| !matches!(code, SubscribeReasonCode::Success(_)))
-                            .map_or(Ok(()), |code| Err(format!("the broker refuses a subscription: {code:?}"))),
+                            .map_or(Ok(()), |code| {
+                                Err(format!("the broker refuses a subscription: {code:?}"))
+                            }),
                         Err(error) => Err(error.to_string()),
                     };
                     Notice::Subscribed(result)
@@ -431,7 +450,10 @@ impl Task {
                 self.event(Event::Message(Box::new(incoming))).await?;
             }
             rumqttc::Event::Incoming(Packet::Disconnect(disconnect)) => {
-                return Err(End::Lost(format!("the broker disconnects: {:?}", disconnect.reason_code)));
+                return Err(End::Lost(format!(
+                    "the broker disconnects: {:?}",
+                    disconnect.reason_code
+                )));
             }
             _ => {}
         }
@@ -492,7 +514,11 @@ impl Task {
 
     /// False when the client's channel is full.
     fn try_publish(&self, session: &mut Session, message: Outgoing) -> bool {
-        let qos = if message.token.is_some() { QoS::AtLeastOnce } else { QoS::AtMostOnce };
+        let qos = if message.token.is_some() {
+            QoS::AtLeastOnce
+        } else {
+            QoS::AtMostOnce
+        };
         let properties = PublishProperties {
             payload_format_indicator: Some(1),
             correlation_data: message.correlation.map(Into::into),
@@ -501,10 +527,18 @@ impl Task {
             user_properties: message.properties,
             ..PublishProperties::default()
         };
-        let options = PublishOptions::new(qos).retain(message.retain).properties(properties);
+        let options = PublishOptions::new(qos)
+            .retain(message.retain)
+            .properties(properties);
         match message.token {
-            None => session.client.try_publish(message.topic, message.payload, options).is_ok(),
-            Some(token) => match session.client.try_publish_tracked(message.topic, message.payload, options) {
+            None => session
+                .client
+                .try_publish(message.topic, message.payload, options)
+                .is_ok(),
+            Some(token) => match session
+                .client
+                .try_publish_tracked(message.topic, message.payload, options)
+            {
                 Ok(notice) => {
                     session.notices.spawn(published(token, notice));
                     true
@@ -520,7 +554,10 @@ impl Task {
 
     async fn disconnect(&mut self, session: &mut Session) -> End {
         self.flush(session);
-        let _ = session.client.disconnect_with_timeout(Duration::from_secs(1)).await;
+        let _ = session
+            .client
+            .disconnect_with_timeout(Duration::from_secs(1))
+            .await;
         // Until the event loop says that it is done.
         let done = async { while let Some(Ok(_)) = session.polled.recv().await {} };
         let _ = tokio::time::timeout(Duration::from_millis(1500), done).await;
@@ -542,7 +579,9 @@ impl Task {
         network.set_tcp_nodelay(true);
         mqtt.set_network_options(network);
         if options.session_expiry_s > 0 {
-            mqtt.set_session_store(EmptySession { expiry_s: options.session_expiry_s });
+            mqtt.set_session_store(EmptySession {
+                expiry_s: options.session_expiry_s,
+            });
         }
         if let Some((user, password)) = &options.login {
             mqtt.set_credentials(user.clone(), password.clone());
@@ -559,7 +598,13 @@ impl Task {
                 user_properties: Vec::new(),
             };
             let payload = payload.clone();
-            mqtt.set_last_will(LastWill::new(topic, payload, QoS::AtLeastOnce, true, Some(properties)));
+            mqtt.set_last_will(LastWill::new(
+                topic,
+                payload,
+                QoS::AtLeastOnce,
+                true,
+                Some(properties),
+            ));
         }
         mqtt
     }
@@ -570,7 +615,10 @@ impl Session {
         let properties = publish.properties.clone().unwrap_or_default();
         let ack = (publish.qos != QoS::AtMostOnce).then(|| {
             self.received += 1;
-            Ack { epoch, number: self.received }
+            Ack {
+                epoch,
+                number: self.received,
+            }
         });
         let incoming = Incoming {
             topic: String::from_utf8_lossy(&publish.topic).into_owned(),
@@ -585,7 +633,11 @@ impl Session {
         };
         if let Some(ack) = ack {
             // The payload is not needed to acknowledge it.
-            let publish = Publish { payload: Vec::new().into(), properties: None, ..publish };
+            let publish = Publish {
+                payload: Vec::new().into(),
+                properties: None,
+                ..publish
+            };
             self.unacked.push_back((ack.number, publish, false));
         }
         incoming
@@ -593,7 +645,10 @@ impl Session {
 }
 
 async fn published(token: u64, notice: PublishNotice) -> Notice {
-    Notice::Published { token, result: notice.wait_async().await }
+    Notice::Published {
+        token,
+        result: notice.wait_async().await,
+    }
 }
 
 /// Polls until the first error, or until nothing has happened for too long.

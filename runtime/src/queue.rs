@@ -42,7 +42,12 @@ pub struct Queue {
 impl Queue {
     /// A queue for `most` requests.
     pub fn new(most: usize) -> Self {
-        Self { most, arrivals: 0, waiting: BTreeMap::new(), places: HashMap::new() }
+        Self {
+            most,
+            arrivals: 0,
+            waiting: BTreeMap::new(),
+            places: HashMap::new(),
+        }
     }
 
     /// How many wait.
@@ -107,7 +112,11 @@ mod tests {
     use super::*;
 
     fn waiting(id: &str, now: Instant, deadline: Option<Instant>) -> Waiting {
-        Waiting { key: ("t".to_owned(), id.to_owned()), since: now, deadline }
+        Waiting {
+            key: ("t".to_owned(), id.to_owned()),
+            since: now,
+            deadline,
+        }
     }
 
     fn ids(queue: &mut Queue, now: Instant) -> Vec<String> {
@@ -139,7 +148,10 @@ mod tests {
         queue.push(waiting("b", now, Some(soon)), 0);
         queue.push(waiting("c", now, None), 0);
         queue.push(waiting("d", now, Some(soon)), 0);
-        assert_eq!(queue.cancel(&("t".to_owned(), "d".to_owned())).map(|w| w.key.1), Some("d".to_owned()));
+        assert_eq!(
+            queue.cancel(&("t".to_owned(), "d".to_owned())).map(|w| w.key.1),
+            Some("d".to_owned())
+        );
         assert_eq!(queue.cancel(&("t".to_owned(), "d".to_owned())), None);
         assert_eq!(queue.expired(soon).len(), 2);
         queue.push(waiting("e", now, Some(now)), 0);

@@ -29,9 +29,21 @@ pub struct Author {
 pub fn completion(author: &Author, request: &Request, finished: &Finished, queue_ms: f64) -> StoredAnswer {
     if request.reply.plain {
         let body = finished.text.trim().to_owned();
-        return StoredAnswer { reply: request.reply.clone(), body, json: false, error: None, fingerprint: None };
+        return StoredAnswer {
+            reply: request.reply.clone(),
+            body,
+            json: false,
+            error: None,
+            fingerprint: None,
+        };
     }
-    let per_second = |tokens: u32, ms: f64| if ms > 0.0 { f64::from(tokens) * 1000.0 / ms } else { 0.0 };
+    let per_second = |tokens: u32, ms: f64| {
+        if ms > 0.0 {
+            f64::from(tokens) * 1000.0 / ms
+        } else {
+            0.0
+        }
+    };
     let round = |value: f64| (value * 1000.0).round() / 1000.0;
     let completion = Completion {
         id: request.id.clone(),
@@ -40,7 +52,10 @@ pub fn completion(author: &Author, request: &Request, finished: &Finished, queue
         model: author.model.name.clone(),
         choices: vec![Choice {
             index: 0,
-            message: AssistantMessage { role: "assistant".to_owned(), content: finished.text.clone() },
+            message: AssistantMessage {
+                role: "assistant".to_owned(),
+                content: finished.text.clone(),
+            },
             finish_reason: finished.finish_reason.clone(),
         }],
         usage: Usage {
@@ -59,24 +74,31 @@ pub fn completion(author: &Author, request: &Request, finished: &Finished, queue
         model_sha256: author.sha256.clone(),
         device: author.device.clone(),
     };
-    StoredAnswer { reply: request.reply.clone(), body: json(&completion), json: true, error: None, fingerprint: None }
+    StoredAnswer {
+        reply: request.reply.clone(),
+        body: json(&completion),
+        json: true,
+        error: None,
+        fingerprint: None,
+    }
 }
 
 /// The final answer to a request that did not. Always JSON, also to a plain-text request: a program that reads only
 /// text must not take an error for an answer.
 pub fn error(reply: &Reply, id: &str, code: ErrorCode, message: impl Into<String>) -> StoredAnswer {
     let body = json(&ErrorAnswer::new(id, code, message));
-    StoredAnswer { reply: reply.clone(), body, json: true, error: Some(code), fingerprint: None }
+    StoredAnswer {
+        reply: reply.clone(),
+        body,
+        json: true,
+        error: Some(code),
+        fingerprint: None,
+    }
 }
 
 /// The message that carries a final answer. `correlation` is that of the request it answers now, which for one that
 /// came again is not the first one's.
-pub fn message(
-    author: &Author,
-    answer: &StoredAnswer,
-    correlation: Option<Vec<u8>>,
-    token: u64,
-) -> Outgoing {
+pub fn message(author: &Author, answer: &StoredAnswer, correlation: Option<Vec<u8>>, token: u64) -> Outgoing {
     let mut properties = Vec::new();
     match answer.error {
         Some(code) => properties.push(("error".to_owned(), code.as_str().to_owned())),
@@ -91,7 +113,11 @@ pub fn message(
         payload: answer.body.clone().into_bytes(),
         token: Some(token),
         correlation,
-        content_type: Some(if answer.json { "application/json" } else { "text/plain" }),
+        content_type: Some(if answer.json {
+            "application/json"
+        } else {
+            "text/plain"
+        }),
         properties,
         ..Outgoing::default()
     }
@@ -177,8 +203,15 @@ mod tests {
         Request {
             id: "a".to_owned(),
             fingerprint: None,
-            reply: Reply { topic: "reply/me".to_owned(), correlation: Some(vec![1, 0]), plain },
-            messages: vec![Message { role: Role::User, content: "q".to_owned() }],
+            reply: Reply {
+                topic: "reply/me".to_owned(),
+                correlation: Some(vec![1, 0]),
+                plain,
+            },
+            messages: vec![Message {
+                role: Role::User,
+                content: "q".to_owned(),
+            }],
             sampling: Sampling::default(),
             max_tokens: 5,
             stop: Vec::new(),
@@ -204,22 +237,43 @@ mod tests {
         let answer = completion(&Author::default(), &request(true, false), &finished(), 0.0);
         assert_eq!((answer.body.as_str(), answer.json), ("Hé.", false));
         let sent = message(&Author::default(), &answer, Some(vec![9]), 7);
-        assert_eq!((sent.content_type, sent.token, sent.retain), (Some("text/plain"), Some(7), false));
+        assert_eq!(
+            (sent.content_type, sent.token, sent.retain),
+            (Some("text/plain"), Some(7), false)
+        );
         assert_eq!(sent.correlation, Some(vec![9]));
-        assert!(sent.properties.contains(&("ai_generated".to_owned(), "true".to_owned())));
+        assert!(
+            sent.properties
+                .contains(&("ai_generated".to_owned(), "true".to_owned()))
+        );
         let failed = error(&request(true, false).reply, "a", ErrorCode::Expired, "late");
         assert!(failed.json && failed.body.contains("expired"));
     }
 
     #[test]
     fn a_whole_answer() {
-        let author =
-            Author { device: "dev".to_owned(), sha256: "00".to_owned(), model: ModelInfo::default() };
+        let author = Author {
+            device: "dev".to_owned(),
+            sha256: "00".to_owned(),
+            model: ModelInfo::default(),
+        };
         let answer = completion(&author, &request(false, false), &finished(), 3.0);
-        let Ok(Received::Completion(read)) = Received::parse(answer.body.as_bytes()) else { panic!() };
+        let Ok(Received::Completion(read)) = Received::parse(answer.body.as_bytes()) else {
+            panic!()
+        };
         assert_eq!(read.text(), " Hé. ");
-        assert_eq!(read.usage, Usage { prompt_tokens: 10, completion_tokens: 4, total_tokens: 14 });
-        assert_eq!((read.timings.prompt_per_second, read.timings.predicted_per_second), (500.0, 100.0));
+        assert_eq!(
+            read.usage,
+            Usage {
+                prompt_tokens: 10,
+                completion_tokens: 4,
+                total_tokens: 14
+            }
+        );
+        assert_eq!(
+            (read.timings.prompt_per_second, read.timings.predicted_per_second),
+            (500.0, 100.0)
+        );
         assert!(read.ai_generated && read.model_sha256 == "00" && read.device == "dev");
     }
 
@@ -240,12 +294,20 @@ mod tests {
         assert!((38..=42).contains(&sent.len()), "{}", sent.len());
         let mut text = String::new();
         for (at, message) in sent.iter().enumerate() {
-            let Ok(Received::Chunk(chunk)) = Received::parse(&message.payload) else { panic!() };
+            let Ok(Received::Chunk(chunk)) = Received::parse(&message.payload) else {
+                panic!()
+            };
             assert_eq!(chunk.seq as usize, at);
             assert_eq!(chunk.choices[0].delta.role.is_some(), at == 0);
             text += chunk.choices[0].delta.content.as_deref().unwrap();
-            assert_eq!((message.token, message.correlation.as_deref()), (None, Some(&[1, 0][..])));
+            assert_eq!(
+                (message.token, message.correlation.as_deref()),
+                (None, Some(&[1, 0][..]))
+            );
         }
-        assert_eq!(text, (0..200).map(|token| format!("{token},")).collect::<String>());
+        assert_eq!(
+            text,
+            (0..200).map(|token| format!("{token},")).collect::<String>()
+        );
     }
 }

@@ -115,9 +115,16 @@ async fn supervise(options: Options, mut inbox: mpsc::Receiver<ToWorker>, events
 }
 
 async fn run(options: &Options, inbox: &mut mpsc::Receiver<ToWorker>, events: &mpsc::Sender<Event>) -> End {
-    let died = |status: String| End::Died { status, was_ready: false };
+    let died = |status: String| End::Died {
+        status,
+        was_ready: false,
+    };
     let mut command = Command::new(&options.program);
-    command.arg("worker").stdin(Stdio::piped()).stdout(Stdio::piped()).kill_on_drop(true);
+    command
+        .arg("worker")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .kill_on_drop(true);
     if options.verbose {
         command.arg("-v");
     }
@@ -130,7 +137,11 @@ async fn run(options: &Options, inbox: &mut mpsc::Receiver<ToWorker>, events: &m
     let (Some(mut input), Some(output)) = (child.stdin.take(), child.stdout.take()) else {
         return died("has no pipes".to_owned());
     };
-    if events.send(Event::Started(child.id().unwrap_or(0))).await.is_err() {
+    if events
+        .send(Event::Started(child.id().unwrap_or(0)))
+        .await
+        .is_err()
+    {
         return End::Closed;
     }
     let mut lines = BufReader::new(output).lines();
@@ -182,7 +193,14 @@ async fn run(options: &Options, inbox: &mut mpsc::Receiver<ToWorker>, events: &m
     }
     drop(input);
     let status = end(&mut child).await;
-    if unloadable { End::Unloadable } else { End::Died { status, was_ready: ready } }
+    if unloadable {
+        End::Unloadable
+    } else {
+        End::Died {
+            status,
+            was_ready: ready,
+        }
+    }
 }
 
 fn line(frame: &ToWorker) -> Vec<u8> {

@@ -58,7 +58,9 @@ pub(super) struct Args {
 
 fn duration(text: &str) -> Result<Duration, String> {
     let digits = text.trim_end_matches(|letter: char| letter.is_ascii_alphabetic());
-    let number: f64 = digits.parse().map_err(|_| "hint: a number and ms, s, m or h, like 60s".to_owned())?;
+    let number: f64 = digits
+        .parse()
+        .map_err(|_| "hint: a number and ms, s, m or h, like 60s".to_owned())?;
     let unit = match &text[digits.len()..] {
         "ms" => 0.001,
         "" | "s" => 1.0,
@@ -79,7 +81,8 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
             Ok(result) => result,
             Err(_) => {
                 eprintln!(
-                    "pipit: no answer within {:?}; hint: is the device online? A longer --timeout waits longer",
+                    "error: no answer from {} within {:?}; hint: is the device online? A longer --timeout waits longer",
+                    args.broker.config().map_or_else(|_| "the device".to_owned(), |config| config.device),
                     args.timeout
                 );
                 Ok(ExitCode::from(code::TIMED_OUT))
@@ -98,7 +101,10 @@ async fn ask(args: &Args) -> anyhow::Result<ExitCode> {
     } else {
         args.prompt.clone()
     };
-    let id = args.id.clone().unwrap_or_else(|| uuid::Uuid::now_v7().to_string());
+    let id = args
+        .id
+        .clone()
+        .unwrap_or_else(|| uuid::Uuid::now_v7().to_string());
     if !pipit::wire::topics::valid_id(&id) {
         bail!("`{id}` is no id; hint: 1 to 64 of A-Z a-z 0-9 _ . -");
     }
@@ -109,7 +115,12 @@ async fn ask(args: &Args) -> anyhow::Result<ExitCode> {
     options.client_id = format!("pipit-ask-{}", uuid::Uuid::now_v7().simple());
     options.subscribe = vec![topics.answer(&id)];
     let (link, mut events) = Link::start(options)?;
-    let mut printer = Printer { args, shown: String::new(), now: String::new(), next_seq: 0 };
+    let mut printer = Printer {
+        args,
+        shown: String::new(),
+        now: String::new(),
+        next_seq: 0,
+    };
     let mut connected_before = false;
     let mut request = 0;
     loop {
@@ -126,14 +137,22 @@ async fn ask(args: &Args) -> anyhow::Result<ExitCode> {
                 });
             }
             Event::Disconnected { reason } if !connected_before => {
-                eprintln!("pipit: broker {broker}: {reason}; hint: is `pipit serve` or mosquitto running there?");
+                eprintln!(
+                    "error: broker {broker}: {reason}; hint: is `pipit serve` or mosquitto running there?"
+                );
                 return Ok(ExitCode::from(code::UNAVAILABLE));
             }
             Event::Disconnected { reason } => {
                 tracing::warn!("no connection to the broker: {reason}; trying again");
             }
-            Event::Delivered { refused: Some(reason), .. } => {
-                bail!("the broker refuses the request: {reason}; hint: may this client publish to {}?", topics.request());
+            Event::Delivered {
+                refused: Some(reason),
+                ..
+            } => {
+                bail!(
+                    "the broker refuses the request: {reason}; hint: may this client publish to {}?",
+                    topics.request()
+                );
             }
             Event::Delivered { .. } => {}
             Event::Message(message) => {
@@ -203,7 +222,10 @@ impl Printer<'_> {
                     return Ok(None);
                 }
                 self.next_seq += 1;
-                let delta = chunk.choices.first().and_then(|choice| choice.delta.content.as_deref());
+                let delta = chunk
+                    .choices
+                    .first()
+                    .and_then(|choice| choice.delta.content.as_deref());
                 self.now.push_str(delta.unwrap_or_default());
                 if let Some(more) = self.now.strip_prefix(self.shown.as_str()) {
                     write!(out, "{more}")?;
@@ -223,7 +245,7 @@ impl Printer<'_> {
                 if !self.shown.is_empty() {
                     writeln!(out)?;
                 }
-                eprintln!("pipit: {}: {}", error.error.code.as_str(), error.error.message);
+                eprintln!("error: {}: {}", error.error.code.as_str(), error.error.message);
                 Ok(Some(ExitCode::FAILURE))
             }
         }

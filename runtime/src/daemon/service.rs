@@ -98,20 +98,33 @@ pub struct Service {
 
 impl std::fmt::Debug for Service {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Service").field("state", &self.state).field("waiting", &self.queue.len()).finish_non_exhaustive()
+        f.debug_struct("Service")
+            .field("state", &self.state)
+            .field("waiting", &self.queue.len())
+            .finish_non_exhaustive()
     }
 }
 
 impl Service {
     /// A service that has not yet looked at its journal.
-    pub fn new(config: Config, table: Table, journal_bytes: u64, link: Link, writer: Writer, worker: Worker) -> Self {
+    pub fn new(
+        config: Config,
+        table: Table,
+        journal_bytes: u64,
+        link: Link,
+        writer: Writer,
+        worker: Worker,
+    ) -> Self {
         Self {
             topics: Topics::new(&config.root, &config.device),
             bounds: Bounds {
                 bytes: config.journal.bytes,
                 age_ms: config.journal.answer_hours.saturating_mul(3_600_000),
             },
-            author: Author { device: config.device.clone(), ..Author::default() },
+            author: Author {
+                device: config.device.clone(),
+                ..Author::default()
+            },
             queue: Queue::new(config.limits.queue),
             link,
             writer,
@@ -151,14 +164,19 @@ impl Service {
                 Stage::Accepted(request) => {
                     // What has passed since; on a clock that went back, nothing has.
                     let passed = now_ms.saturating_sub(entry.at);
-                    let deadline = request
-                        .deadline_ms
-                        .map(|most| now + Duration::from_millis(most.saturating_sub(passed).min(u64::from(u32::MAX))));
-                    let waiting = Waiting { key: key.clone(), since: now, deadline };
+                    let deadline = request.deadline_ms.map(|most| {
+                        now + Duration::from_millis(most.saturating_sub(passed).min(u64::from(u32::MAX)))
+                    });
+                    let waiting = Waiting {
+                        key: key.clone(),
+                        since: now,
+                        deadline,
+                    };
                     self.queue.push(waiting, request.priority);
                 }
                 Stage::Done(answer) => {
-                    self.unpublished.push_back((key.clone(), answer.reply.correlation.clone()));
+                    self.unpublished
+                        .push_back((key.clone(), answer.reply.correlation.clone()));
                 }
                 Stage::Delivered(_) => {}
             }
@@ -206,7 +224,10 @@ impl Service {
             return;
         }
         if message.retain {
-            tracing::warn!("a retained message on {} is ignored: a request must not be retained", message.topic);
+            tracing::warn!(
+                "a retained message on {} is ignored: a request must not be retained",
+                message.topic
+            );
             self.ack(message.ack);
         } else if message.topic == self.topics.cancel() {
             self.cancel(&message.payload);
@@ -224,7 +245,12 @@ impl Service {
             content_type: message.content_type.as_deref(),
             expiry_s: message.expiry_s,
         };
-        let parsed = request::parse(&envelope, &self.topics, &self.config.reply.prefixes, &self.config.limits);
+        let parsed = request::parse(
+            &envelope,
+            &self.topics,
+            &self.config.reply.prefixes,
+            &self.config.limits,
+        );
         let mut request = match parsed {
             Ok(request) => Box::new(request),
             Err(rejection) => {
@@ -243,7 +269,11 @@ impl Service {
             Some(Stage::Accepted(_)) => {
                 self.counters.duplicates += 1;
                 // Safe already, or as soon as the first one is.
-                match self.accepting.get(&key).and_then(|ticket| self.on_commit.get_mut(ticket)) {
+                match self
+                    .accepting
+                    .get(&key)
+                    .and_then(|ticket| self.on_commit.get_mut(ticket))
+                {
                     Some(OnCommit::Accepted { acks, .. }) => acks.extend(message.ack),
                     _ => self.ack(message.ack),
                 }
@@ -270,10 +300,19 @@ impl Service {
     }
 
     fn accept(&mut self, key: Key, request: Box<Request>, ack: Option<Ack>) {
-        let record = Record::Accepted { at: unix_ms(), request };
+        let record = Record::Accepted {
+            at: unix_ms(),
+            request,
+        };
         self.table.apply(record.clone());
         let ticket = self.record(vec![record], true);
-        self.on_commit.insert(ticket, OnCommit::Accepted { key: key.clone(), acks: ack.into_iter().collect() });
+        self.on_commit.insert(
+            ticket,
+            OnCommit::Accepted {
+                key: key.clone(),
+                acks: ack.into_iter().collect(),
+            },
+        );
         self.accepting.insert(key, ticket);
     }
 
@@ -283,13 +322,20 @@ impl Service {
             return Some((ErrorCode::ModelUnavailable, why.clone()));
         }
         if self.queue.len() + self.accepting.len() >= self.config.limits.queue {
-            return Some((ErrorCode::QueueFull, format!("{} requests wait", self.queue.len())));
+            return Some((
+                ErrorCode::QueueFull,
+                format!("{} requests wait", self.queue.len()),
+            ));
         }
         if self.table.bytes() > self.bounds.bytes {
             self.evict();
         }
-        (self.table.bytes() > self.bounds.bytes)
-            .then(|| (ErrorCode::QueueFull, "the journal is full of requests and answers that are owed".to_owned()))
+        (self.table.bytes() > self.bounds.bytes).then(|| {
+            (
+                ErrorCode::QueueFull,
+                "the journal is full of requests and answers that are owed".to_owned(),
+            )
+        })
     }
 
     /// A message without an id that the broker sends again: the entry that it made the first time. Every entry is
@@ -318,7 +364,10 @@ impl Service {
         self.counters.errors += 1;
         let token = self.number();
         let correlation = answer.reply.correlation.clone();
-        if self.link.publish(reply::message(&self.author, &answer, correlation, token)) {
+        if self
+            .link
+            .publish(reply::message(&self.author, &answer, correlation, token))
+        {
             self.on_delivery.insert(token, OnDelivery::Nothing);
             self.ack(ack);
         }
@@ -352,7 +401,9 @@ impl Service {
     /// The journal has put a batch on the disk, or has not.
     pub fn committed(&mut self, commit: Committed) {
         self.journal_bytes = commit.file_bytes;
-        let Some(what) = self.on_commit.remove(&commit.ticket) else { return };
+        let Some(what) = self.on_commit.remove(&commit.ticket) else {
+            return;
+        };
         if let Some(error) = &commit.error {
             tracing::error!("{error}");
         }
@@ -373,16 +424,29 @@ impl Service {
                     );
                     self.table.apply(Record::Erased { key });
                     for (at, ack) in acks.into_iter().enumerate() {
-                        if at == 0 { self.refuse(Some(ack), answer.clone()) } else { self.ack(Some(ack)) }
+                        if at == 0 {
+                            self.refuse(Some(ack), answer.clone())
+                        } else {
+                            self.ack(Some(ack))
+                        }
                     }
                     return;
                 }
                 let now = Instant::now();
-                let deadline = request.deadline_ms.map(|most| now + Duration::from_millis(most.min(u64::from(u32::MAX))));
+                let deadline = request
+                    .deadline_ms
+                    .map(|most| now + Duration::from_millis(most.min(u64::from(u32::MAX))));
                 let priority = request.priority;
                 self.counters.accepted += 1;
                 acks.into_iter().for_each(|ack| self.ack(Some(ack)));
-                self.queue.push(Waiting { key, since: now, deadline }, priority);
+                self.queue.push(
+                    Waiting {
+                        key,
+                        since: now,
+                        deadline,
+                    },
+                    priority,
+                );
                 self.dispatch();
             }
             OnCommit::Done { key, correlation } => {
@@ -401,15 +465,24 @@ impl Service {
             let waiting = match self.queue.pop(Instant::now()) {
                 None => return,
                 Some(Next::Expired(waiting)) => {
-                    self.fail(&waiting.key, ErrorCode::Expired, "the deadline passed before the work began");
+                    self.fail(
+                        &waiting.key,
+                        ErrorCode::Expired,
+                        "the deadline passed before the work began",
+                    );
                     continue;
                 }
                 Some(Next::Run(waiting)) => waiting,
             };
-            let Some(Stage::Accepted(request)) = self.table.stage(&waiting.key) else { continue };
+            let Some(Stage::Accepted(request)) = self.table.stage(&waiting.key) else {
+                continue;
+            };
             let request = request.clone();
             let job = self.number();
-            let frame = ToWorker::Run { job, request: Box::new(self.job(&request)) };
+            let frame = ToWorker::Run {
+                job,
+                request: Box::new(self.job(&request)),
+            };
             if !self.worker.send(frame) {
                 self.queue.push(waiting, request.priority);
                 return;
@@ -482,7 +555,11 @@ impl Service {
                 self.announce();
             }
             FromWorker::Delta { job, text } => {
-                if let Some(stream) = self.running.get_mut(&job).and_then(|running| running.stream.as_mut()) {
+                if let Some(stream) = self
+                    .running
+                    .get_mut(&job)
+                    .and_then(|running| running.stream.as_mut())
+                {
                     stream.push(&text);
                 }
                 self.chunks();
@@ -524,8 +601,13 @@ impl Service {
                 continue;
             }
             // Its work had begun in time: the deadline is met.
-            let waiting = Waiting { key: running.key, since: running.since, deadline: None };
-            self.queue.push(waiting, running.request.priority.saturating_add(1000));
+            let waiting = Waiting {
+                key: running.key,
+                since: running.since,
+                deadline: None,
+            };
+            self.queue
+                .push(waiting, running.request.priority.saturating_add(1000));
         }
         self.announce();
     }
@@ -552,7 +634,9 @@ impl Service {
     }
 
     fn fail(&mut self, key: &Key, code: ErrorCode, message: &str) {
-        let Some(Stage::Accepted(request)) = self.table.stage(key) else { return };
+        let Some(Stage::Accepted(request)) = self.table.stage(key) else {
+            return;
+        };
         self.counters.errors += 1;
         let mut answer = reply::error(&request.reply, &request.id, code, message);
         answer.fingerprint.clone_from(&request.fingerprint);
@@ -564,22 +648,37 @@ impl Service {
     fn done(&mut self, key: Key, answer: StoredAnswer) {
         self.attempts.remove(&key);
         let correlation = answer.reply.correlation.clone();
-        let record = Record::Done { at: unix_ms(), key: key.clone(), answer: Box::new(answer) };
+        let record = Record::Done {
+            at: unix_ms(),
+            key: key.clone(),
+            answer: Box::new(answer),
+        };
         self.table.apply(record.clone());
         let ticket = self.record(vec![record], true);
-        self.on_commit.insert(ticket, OnCommit::Done { key: key.clone(), correlation });
+        self.on_commit.insert(
+            ticket,
+            OnCommit::Done {
+                key: key.clone(),
+                correlation,
+            },
+        );
         self.accepting.entry(key).or_insert(ticket);
     }
 
     /// Gives final answers to the link, as many as the window allows.
     fn publish_answers(&mut self) {
         while self.connected && self.on_delivery.len() < WINDOW {
-            let Some((key, correlation)) = self.unpublished.pop_front() else { return };
+            let Some((key, correlation)) = self.unpublished.pop_front() else {
+                return;
+            };
             let (Some(Stage::Done(answer)) | Some(Stage::Delivered(answer))) = self.table.stage(&key) else {
                 continue;
             };
             let token = self.last_number + 1;
-            if !self.link.publish(reply::message(&self.author, answer, correlation.clone(), token)) {
+            if !self
+                .link
+                .publish(reply::message(&self.author, answer, correlation.clone(), token))
+            {
                 self.unpublished.push_front((key, correlation));
                 return;
             }
@@ -589,7 +688,9 @@ impl Service {
     }
 
     fn delivered(&mut self, token: u64, refused: Option<&str>) {
-        let Some(OnDelivery::Answer(key)) = self.on_delivery.remove(&token) else { return };
+        let Some(OnDelivery::Answer(key)) = self.on_delivery.remove(&token) else {
+            return;
+        };
         if let Some(reason) = refused {
             tracing::warn!(id = key.1, "the broker refuses the answer on {}: {reason}", key.0);
         }
@@ -605,14 +706,21 @@ impl Service {
 
     /// When the next chunk is due.
     pub fn chunk_due(&self) -> Option<Instant> {
-        self.running.values().filter_map(|running| running.stream.as_ref()?.due()).min()
+        self.running
+            .values()
+            .filter_map(|running| running.stream.as_ref()?.due())
+            .min()
     }
 
     /// Publishes the chunks that are due.
     pub fn chunks(&mut self) {
         let now = Instant::now();
         for running in self.running.values_mut() {
-            if let Some(message) = running.stream.as_mut().and_then(|stream| stream.take(&self.author, now)) {
+            if let Some(message) = running
+                .stream
+                .as_mut()
+                .and_then(|stream| stream.take(&self.author, now))
+            {
                 // Lost when there is no room: the final answer has it all.
                 self.link.publish(message);
             }
@@ -633,7 +741,11 @@ impl Service {
     /// Four times a second: what is due by the clock.
     pub fn tick(&mut self) {
         for waiting in self.queue.expired(Instant::now()) {
-            self.fail(&waiting.key, ErrorCode::Expired, "the deadline passed before the work began");
+            self.fail(
+                &waiting.key,
+                ErrorCode::Expired,
+                "the deadline passed before the work began",
+            );
         }
         self.publish_answers();
         self.dispatch();
@@ -689,12 +801,23 @@ impl Service {
 
     /// Whether nothing is under way.
     pub fn is_idle(&self) -> bool {
-        self.running.is_empty() && self.on_commit.is_empty() && (!self.connected || self.on_delivery.is_empty())
+        self.running.is_empty()
+            && self.on_commit.is_empty()
+            && (!self.connected || self.on_delivery.is_empty())
     }
 
     /// Says goodbye and stops worker, journal and link. What is not finished stays in the journal.
     pub async fn stop(self, events: &mut mpsc::Receiver<LinkEvent>) {
-        let Self { link, writer, worker, topics, config, connected, mut last_number, .. } = self;
+        let Self {
+            link,
+            writer,
+            worker,
+            topics,
+            config,
+            connected,
+            mut last_number,
+            ..
+        } = self;
         if connected {
             last_number += 1;
             link.publish(Outgoing {

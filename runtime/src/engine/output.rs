@@ -18,7 +18,10 @@ impl Output {
     /// Ends at the first of `stop`; the stop string itself is not shown.
     pub fn new(stop: &[String]) -> Self {
         let stop = stop.iter().filter(|text| !text.is_empty()).cloned().collect();
-        Self { stop, ..Self::default() }
+        Self {
+            stop,
+            ..Self::default()
+        }
     }
 
     /// Whether a stop string was seen.
@@ -33,12 +36,22 @@ impl Output {
         }
         self.bytes.extend_from_slice(bytes);
         self.decode();
-        if let Some(at) = self.stop.iter().filter_map(|stop| self.held.find(stop.as_str())).min() {
+        if let Some(at) = self
+            .stop
+            .iter()
+            .filter_map(|stop| self.held.find(stop.as_str()))
+            .min()
+        {
             self.stopped = true;
             self.held.truncate(at);
             return std::mem::take(&mut self.held);
         }
-        let keep = self.stop.iter().map(|stop| overlap(&self.held, stop)).max().unwrap_or(0);
+        let keep = self
+            .stop
+            .iter()
+            .map(|stop| overlap(&self.held, stop))
+            .max()
+            .unwrap_or(0);
         let rest = self.held.split_off(self.held.len() - keep);
         std::mem::replace(&mut self.held, rest)
     }
@@ -117,8 +130,14 @@ mod tests {
 
     #[test]
     fn stop_strings_over_token_borders() {
-        assert_eq!(all(&["END"], &[b"one E", b"N", b"D two"]), ("one ".to_owned(), true));
-        assert_eq!(all(&["END"], &[b"one E", b"N", b"x"]), ("one ENx".to_owned(), false));
+        assert_eq!(
+            all(&["END"], &[b"one E", b"N", b"D two"]),
+            ("one ".to_owned(), true)
+        );
+        assert_eq!(
+            all(&["END"], &[b"one E", b"N", b"x"]),
+            ("one ENx".to_owned(), false)
+        );
         assert_eq!(all(&["END"], &[b"one EN"]), ("one EN".to_owned(), false));
         assert_eq!(all(&["aab"], &[b"a", b"a", b"a", b"b"]), ("a".to_owned(), true));
         assert_eq!(all(&["x", "ab"], &[b"ab", b"x"]), (String::new(), true));

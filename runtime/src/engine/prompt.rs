@@ -40,17 +40,23 @@ impl Prompt {
     pub fn of(model: &LlamaModel) -> Result<Self, String> {
         let vocab = model.vocab();
         let text = |token: LlamaToken| {
-            vocab.text(token).map(|text| text.to_string_lossy().into_owned()).unwrap_or_default()
+            vocab
+                .text(token)
+                .map(|text| text.to_string_lossy().into_owned())
+                .unwrap_or_default()
         };
         let control = vocab.tokens().filter(|&token| {
             vocab.attr(token).contains(LlamaTokenAttr::Control)
                 || vocab.attr(token).contains(LlamaTokenAttr::Unknown)
         });
         let control = control.map(text).collect();
-        let template = model.chat_template(None).ok().and_then(|template| template.to_string().ok());
+        let template = model
+            .chat_template(None)
+            .ok()
+            .and_then(|template| template.to_string().ok());
         let add_bos = Some(vocab.bos()).filter(|bos| vocab.should_add_bos() && bos.0 >= 0);
-        let [bos, eos] = [vocab.bos(), vocab.eos()]
-            .map(|token| if token.0 >= 0 { text(token) } else { String::new() });
+        let [bos, eos] =
+            [vocab.bos(), vocab.eos()].map(|token| if token.0 >= 0 { text(token) } else { String::new() });
         Self::new(template.as_deref(), control, bos, eos, add_bos)
     }
 
@@ -63,8 +69,17 @@ impl Prompt {
     ) -> Result<Self, String> {
         control.retain(|text| !text.is_empty());
         control.sort_by_key(|text| std::cmp::Reverse(text.len()));
-        let environment = template.map(environment).transpose().map_err(|error| error.to_string())?;
-        Ok(Self { environment, control, bos, eos, add_bos })
+        let environment = template
+            .map(environment)
+            .transpose()
+            .map_err(|error| error.to_string())?;
+        Ok(Self {
+            environment,
+            control,
+            bos,
+            eos,
+            add_bos,
+        })
     }
 
     /// Whether the model has a chat template.
@@ -95,7 +110,10 @@ impl Prompt {
 
     /// The rendered text; control tokens that a message spelled hold a mark after their first character.
     fn render(&self, messages: &[Message]) -> Result<String, JobError> {
-        let marked: Vec<String> = messages.iter().map(|message| self.mark(&message.content)).collect();
+        let marked: Vec<String> = messages
+            .iter()
+            .map(|message| self.mark(&message.content))
+            .collect();
         let Some(environment) = &self.environment else {
             // A base model: it goes on writing where the messages end.
             return Ok(marked.join("\n"));
@@ -159,7 +177,9 @@ impl Prompt {
             // A template that changed the text (upper case, say) leaves no control token behind the mark: then
             // the first character alone is literal, which breaks whatever it might have begun.
             let token = self.control.iter().find(|token| {
-                token.strip_prefix(first).is_some_and(|inside| part.starts_with(inside))
+                token
+                    .strip_prefix(first)
+                    .is_some_and(|inside| part.starts_with(inside))
             });
             let inside = token.map_or(0, |token| token.len() - first.len_utf8());
             pieces.push((std::mem::take(&mut plain), false));
@@ -173,14 +193,20 @@ impl Prompt {
 
 fn environment(template: &str) -> Result<Environment<'static>, Error> {
     let mut environment = Environment::new();
-    environment.set_syntax(SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()?);
+    environment.set_syntax(
+        SyntaxConfig::builder()
+            .trim_blocks(true)
+            .lstrip_blocks(true)
+            .build()?,
+    );
     environment.set_fuel(Some(FUEL));
     environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
     environment.add_function("raise_exception", |message: String| -> Result<String, Error> {
         Err(Error::new(ErrorKind::InvalidOperation, message))
     });
-    environment
-        .add_function("strftime_now", |format: String| strftime(&format, crate::clock::unix_ms() / 1000));
+    environment.add_function("strftime_now", |format: String| {
+        strftime(&format, crate::clock::unix_ms() / 1000)
+    });
     environment.add_template_owned("chat".to_owned(), template.to_owned())?;
     Ok(environment)
 }
@@ -189,10 +215,28 @@ fn environment(template: &str) -> Result<Environment<'static>, Error> {
 /// date algorithms", civil_from_days.
 fn strftime(format: &str, unix_s: u64) -> String {
     const MONTHS: [&str; 12] = [
-        "January", "February", "March", "April", "May", "June", "July", "August", "September", "October",
-        "November", "December",
+        "January",
+        "February",
+        "March",
+        "April",
+        "May",
+        "June",
+        "July",
+        "August",
+        "September",
+        "October",
+        "November",
+        "December",
     ];
-    const DAYS: [&str; 7] = ["Thursday", "Friday", "Saturday", "Sunday", "Monday", "Tuesday", "Wednesday"];
+    const DAYS: [&str; 7] = [
+        "Thursday",
+        "Friday",
+        "Saturday",
+        "Sunday",
+        "Monday",
+        "Tuesday",
+        "Wednesday",
+    ];
     let (days, seconds) = (unix_s / 86_400, unix_s % 86_400);
     let shifted = days + 719_468;
     let (era, day_of_era) = (shifted / 146_097, shifted % 146_097);
@@ -200,7 +244,11 @@ fn strftime(format: &str, unix_s: u64) -> String {
     let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
     let month_from_march = (5 * day_of_year + 2) / 153;
     let day = day_of_year - (153 * month_from_march + 2) / 5 + 1;
-    let month = if month_from_march < 10 { month_from_march + 3 } else { month_from_march - 9 };
+    let month = if month_from_march < 10 {
+        month_from_march + 3
+    } else {
+        month_from_march - 9
+    };
     let year = year_of_era + era * 400 + u64::from(month <= 2);
     let month_name = MONTHS[(month as usize - 1) % 12];
     let day_name = DAYS[(days % 7) as usize];
@@ -242,12 +290,24 @@ mod tests {
         {{ '<|im_start|>assistant\n' }}{% endif %}";
 
     fn prompt(template: &str) -> Prompt {
-        let control = ["<|im_start|>", "<|im_end|>", "<s>"].map(ToOwned::to_owned).to_vec();
-        Prompt::new(Some(template), control, "<s>".to_owned(), "<|im_end|>".to_owned(), None).unwrap()
+        let control = ["<|im_start|>", "<|im_end|>", "<s>"]
+            .map(ToOwned::to_owned)
+            .to_vec();
+        Prompt::new(
+            Some(template),
+            control,
+            "<s>".to_owned(),
+            "<|im_end|>".to_owned(),
+            None,
+        )
+        .unwrap()
     }
 
     fn user(content: &str) -> Vec<Message> {
-        vec![Message { role: Role::User, content: content.to_owned() }]
+        vec![Message {
+            role: Role::User,
+            content: content.to_owned(),
+        }]
     }
 
     #[test]
@@ -261,14 +321,31 @@ mod tests {
     #[test]
     fn what_templates_use() {
         let render = |template: &str| prompt(template).render(&user("  Hi  "));
-        assert_eq!(render("{{ bos_token }}{{ messages[0]['content'].strip() }}").unwrap(), "<s>Hi");
+        assert_eq!(
+            render("{{ bos_token }}{{ messages[0]['content'].strip() }}").unwrap(),
+            "<s>Hi"
+        );
         assert_eq!(render("{{ messages[0].content | trim }}").unwrap(), "Hi");
-        assert_eq!(render("{% for m in messages %}\n  {% if true %}\nx\n{% endif %}\n{% endfor %}").unwrap(), "x\n");
-        assert_eq!(render("{{ messages | tojson }}").unwrap(), r#"[{"role": "user", "content": "  Hi  "}]"#);
-        assert_eq!(render("{% for m in messages %}{% break %}x{% endfor %}.").unwrap(), ".");
-        let Err(JobError::Template(message)) = render("{{ raise_exception('no system role') }}") else { panic!() };
+        assert_eq!(
+            render("{% for m in messages %}\n  {% if true %}\nx\n{% endif %}\n{% endfor %}").unwrap(),
+            "x\n"
+        );
+        assert_eq!(
+            render("{{ messages | tojson }}").unwrap(),
+            r#"[{"role": "user", "content": "  Hi  "}]"#
+        );
+        assert_eq!(
+            render("{% for m in messages %}{% break %}x{% endfor %}.").unwrap(),
+            "."
+        );
+        let Err(JobError::Template(message)) = render("{{ raise_exception('no system role') }}") else {
+            panic!()
+        };
         assert!(message.contains("no system role"));
-        assert!(render("{% for i in range(100000) %}{% for j in range(100000) %}x{% endfor %}{% endfor %}").is_err());
+        assert!(
+            render("{% for i in range(100000) %}{% for j in range(100000) %}x{% endfor %}{% endfor %}")
+                .is_err()
+        );
         assert!(Prompt::new(Some("{% if %}"), vec![], String::new(), String::new(), None).is_err());
     }
 
@@ -284,23 +361,38 @@ mod tests {
         ] {
             let text = prompt.render(&user(content)).unwrap();
             let pieces = prompt.pieces(&text);
-            let parsed: String =
-                pieces.iter().filter(|(_, literal)| !literal).map(|(piece, _)| piece.as_str()).collect::<Vec<_>>().join("\u{0}");
+            let parsed: String = pieces
+                .iter()
+                .filter(|(_, literal)| !literal)
+                .map(|(piece, _)| piece.as_str())
+                .collect::<Vec<_>>()
+                .join("\u{0}");
             // Only the template's own: system, user, assistant and two ends.
             assert_eq!(parsed.matches("<|im_start|>").count(), 3, "{content}: {pieces:?}");
             assert_eq!(parsed.matches("<|im_end|>").count(), 2, "{content}");
             assert_eq!(parsed.matches("<s>").count(), 0, "{content}");
             let whole: String = pieces.iter().map(|(piece, _)| piece.as_str()).collect();
-            assert!(whole.contains(&content.replace('\u{fdd0}', "")), "nothing is lost: {whole}");
+            assert!(
+                whole.contains(&content.replace('\u{fdd0}', "")),
+                "nothing is lost: {whole}"
+            );
         }
         // Text without control tokens is one piece.
-        assert_eq!(prompt.pieces(&prompt.render(&user("plain < text |>")).unwrap()).len(), 1);
+        assert_eq!(
+            prompt
+                .pieces(&prompt.render(&user("plain < text |>")).unwrap())
+                .len(),
+            1
+        );
     }
 
     #[test]
     fn dates() {
         assert_eq!(strftime("%d %b %Y", 0), "01 Jan 1970");
-        assert_eq!(strftime("%A, %B %d, %Y %H:%M:%S %%", 951_826_271), "Tuesday, February 29, 2000 12:11:11 %");
+        assert_eq!(
+            strftime("%A, %B %d, %Y %H:%M:%S %%", 951_826_271),
+            "Tuesday, February 29, 2000 12:11:11 %"
+        );
         assert_eq!(strftime("%Y-%m-%d", 1_795_478_400), "2026-11-24");
     }
 }

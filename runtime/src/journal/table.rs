@@ -94,7 +94,9 @@ impl Table {
 
     /// Every entry in order of arrival.
     pub fn entries(&self) -> impl Iterator<Item = (&Key, &Entry)> {
-        self.order.values().filter_map(|key| self.entries.get(key).map(|entry| (key, entry)))
+        self.order
+            .values()
+            .filter_map(|key| self.entries.get(key).map(|entry| (key, entry)))
     }
 
     /// Bytes of requests and answers.
@@ -108,13 +110,24 @@ impl Table {
         for (key, entry) in self.entries() {
             match &entry.stage {
                 Stage::Accepted(request) => {
-                    records.push(Record::Accepted { at: entry.at, request: request.clone() });
+                    records.push(Record::Accepted {
+                        at: entry.at,
+                        request: request.clone(),
+                    });
                 }
                 Stage::Done(answer) => {
-                    records.push(Record::Done { at: entry.at, key: key.clone(), answer: answer.clone() });
+                    records.push(Record::Done {
+                        at: entry.at,
+                        key: key.clone(),
+                        answer: answer.clone(),
+                    });
                 }
                 Stage::Delivered(answer) => {
-                    records.push(Record::Done { at: entry.at, key: key.clone(), answer: answer.clone() });
+                    records.push(Record::Done {
+                        at: entry.at,
+                        key: key.clone(),
+                        answer: answer.clone(),
+                    });
                     records.push(Record::Delivered { key: key.clone() });
                 }
             }
@@ -154,7 +167,15 @@ impl Table {
         let order = self.next;
         self.next += 1;
         self.order.insert(order, key.clone());
-        self.entries.insert(key, Entry { at, stage, order, bytes });
+        self.entries.insert(
+            key,
+            Entry {
+                at,
+                stage,
+                order,
+                bytes,
+            },
+        );
     }
 
     fn remove(&mut self, key: &Key) {
@@ -167,9 +188,15 @@ impl Table {
 
 fn stage_bytes(stage: &Stage) -> usize {
     match stage {
-        Stage::Accepted(request) => request.messages.iter().map(|message| message.content.len() + 16).sum(),
+        Stage::Accepted(request) => request
+            .messages
+            .iter()
+            .map(|message| message.content.len() + 16)
+            .sum(),
         Stage::Done(answer) | Stage::Delivered(answer) => {
-            answer.body.len() + answer.reply.topic.len() + answer.reply.correlation.as_ref().map_or(0, Vec::len)
+            answer.body.len()
+                + answer.reply.topic.len()
+                + answer.reply.correlation.as_ref().map_or(0, Vec::len)
         }
     }
 }

@@ -23,7 +23,11 @@ pub struct Committed {
 
 enum Order {
     /// Write; sync before answering when `sync`.
-    Append { ticket: u64, records: Vec<Record>, sync: bool },
+    Append {
+        ticket: u64,
+        records: Vec<Record>,
+        sync: bool,
+    },
     Compact(Vec<Record>),
 }
 
@@ -46,13 +50,23 @@ impl Writer {
         let thread = std::thread::Builder::new()
             .name("journal".to_owned())
             .spawn(move || run(journal, &inbox, &commits))?;
-        Ok((Self { orders: Some(orders), thread: Some(thread) }, committed))
+        Ok((
+            Self {
+                orders: Some(orders),
+                thread: Some(thread),
+            },
+            committed,
+        ))
     }
 
     /// Appends records; a [`Committed`] with `ticket` follows. Without `sync` they may wait for the next sync:
     /// for what may be lost in a power cut without harm.
     pub fn append(&self, ticket: u64, records: Vec<Record>, sync: bool) {
-        self.send(Order::Append { ticket, records, sync });
+        self.send(Order::Append {
+            ticket,
+            records,
+            sync,
+        });
     }
 
     /// Replaces the whole file.
@@ -83,7 +97,11 @@ fn run(mut journal: Journal, inbox: &Receiver<Order>, commits: &UnboundedSender<
         let mut sync = false;
         for order in std::iter::once(first).chain(std::iter::from_fn(|| inbox.try_recv().ok())) {
             match order {
-                Order::Append { ticket, records, sync: wanted } => {
+                Order::Append {
+                    ticket,
+                    records,
+                    sync: wanted,
+                } => {
                     sync |= wanted;
                     let error = journal.append(&records).err().map(|error| error.to_string());
                     waiting.push((ticket, error));
@@ -95,10 +113,18 @@ fn run(mut journal: Journal, inbox: &Receiver<Order>, commits: &UnboundedSender<
                 }
             }
         }
-        let failed = if sync { journal.sync().err().map(|error: JournalError| error.to_string()) } else { None };
+        let failed = if sync {
+            journal.sync().err().map(|error: JournalError| error.to_string())
+        } else {
+            None
+        };
         for (ticket, error) in waiting {
             let error = error.or_else(|| failed.clone());
-            let _ = commits.send(Committed { ticket, error, file_bytes: journal.bytes() });
+            let _ = commits.send(Committed {
+                ticket,
+                error,
+                file_bytes: journal.bytes(),
+            });
         }
     }
     if let Err(error) = journal.sync() {

@@ -62,7 +62,13 @@ pub struct ErrorBody {
 impl ErrorAnswer {
     /// An error for the request `id`.
     pub fn new(id: &str, code: ErrorCode, message: impl Into<String>) -> Self {
-        Self { id: id.to_owned(), error: ErrorBody { code, message: message.into() } }
+        Self {
+            id: id.to_owned(),
+            error: ErrorBody {
+                code,
+                message: message.into(),
+            },
+        }
     }
 }
 
@@ -140,7 +146,9 @@ pub struct Completion {
 impl Completion {
     /// The text of the answer.
     pub fn text(&self) -> &str {
-        self.choices.first().map_or("", |choice| choice.message.content.as_str())
+        self.choices
+            .first()
+            .map_or("", |choice| choice.message.content.as_str())
     }
 }
 
@@ -229,7 +237,10 @@ mod tests {
             let json = serde_json::to_string(&ErrorAnswer::new("a", code, "m")).unwrap();
             assert_eq!(
                 json,
-                format!(r#"{{"id":"a","error":{{"code":"{}","message":"m"}}}}"#, code.as_str())
+                format!(
+                    r#"{{"id":"a","error":{{"code":"{}","message":"m"}}}}"#,
+                    code.as_str()
+                )
             );
             assert!(matches!(Received::parse(json.as_bytes()), Ok(Received::Error(_))));
         }

@@ -157,7 +157,14 @@ pub struct Envelope<'a> {
 }
 
 /// Fields of OpenAI's body that say nothing about the answer's text and are taken without effect.
-const NO_EFFECT: &[&str] = &["model", "user", "metadata", "store", "service_tier", "stream_options"];
+const NO_EFFECT: &[&str] = &[
+    "model",
+    "user",
+    "metadata",
+    "store",
+    "service_tier",
+    "stream_options",
+];
 /// Fields that ask for something this version does not do, with the values that ask for nothing.
 const NOT_YET: &[&str] = &[
     "response_format",
@@ -196,7 +203,12 @@ pub fn parse(
         Ok(()) => Ok(draft.request),
         Err((code, message)) => {
             let Request { id, reply, .. } = draft.request;
-            Err(Box::new(Rejection { id, reply, code, message }))
+            Err(Box::new(Rejection {
+                id,
+                reply,
+                code,
+                message,
+            }))
         }
     }
 }
@@ -275,7 +287,10 @@ impl Draft {
                 return Err(invalid("the request is empty"));
             }
             self.request.reply.plain = true;
-            self.request.messages = vec![Message { role: Role::User, content: text.to_owned() }];
+            self.request.messages = vec![Message {
+                role: Role::User,
+                content: text.to_owned(),
+            }];
             self.request.max_tokens = limits.max_tokens;
             self.request.sampling.seed = crate::clock::chance();
         }
@@ -308,9 +323,13 @@ impl Draft {
             }
         }
         if let Some(topic) = take(&mut body, "reply_to") {
-            let Value::String(topic) = topic else { return Err(invalid("`reply_to` must be a string")) };
+            let Value::String(topic) = topic else {
+                return Err(invalid("`reply_to` must be a string"));
+            };
             if envelope.response_topic.is_none() {
-                topics.check_reply(&topic, prefixes).map_err(|why| invalid(format!("`reply_to`: {why}")))?;
+                topics
+                    .check_reply(&topic, prefixes)
+                    .map_err(|why| invalid(format!("`reply_to`: {why}")))?;
                 request.reply.topic = topic;
             }
         }
@@ -336,8 +355,9 @@ impl Draft {
         };
         let newer = integer(&mut body, "max_completion_tokens", 1, i64::MAX)?;
         let max_tokens = integer(&mut body, "max_tokens", 1, i64::MAX)?.or(newer);
-        request.max_tokens =
-            max_tokens.map_or(limits.max_tokens, |most| most.min(i64::from(limits.max_tokens)) as u32);
+        request.max_tokens = max_tokens.map_or(limits.max_tokens, |most| {
+            most.min(i64::from(limits.max_tokens)) as u32
+        });
         request.stop = stop(take(&mut body, "stop"), limits)?;
         request.stream = match take(&mut body, "stream") {
             None => false,
@@ -346,7 +366,11 @@ impl Draft {
         };
         if let Some(deadline) = integer(&mut body, "deadline_ms", 0, i64::MAX)? {
             let deadline = deadline as u64;
-            request.deadline_ms = Some(request.deadline_ms.map_or(deadline, |expiry| expiry.min(deadline)));
+            request.deadline_ms = Some(
+                request
+                    .deadline_ms
+                    .map_or(deadline, |expiry| expiry.min(deadline)),
+            );
         }
         request.priority = integer(&mut body, "priority", -100, 100)?.unwrap_or(0) as i32;
         if let Some(field) = body.keys().next() {
@@ -377,25 +401,37 @@ fn asks_for_nothing(field: &str, value: &Value) -> bool {
 }
 
 fn float(body: &mut Map<String, Value>, field: &str, low: f64, high: f64) -> Result<Option<f32>, Refusal> {
-    let Some(value) = take(body, field) else { return Ok(None) };
+    let Some(value) = take(body, field) else {
+        return Ok(None);
+    };
     match value.as_f64() {
         Some(number) if (low..=high).contains(&number) => Ok(Some(number as f32)),
-        _ => Err(invalid(format!("`{field}` must be a number from {low} to {high}"))),
+        _ => Err(invalid(format!(
+            "`{field}` must be a number from {low} to {high}"
+        ))),
     }
 }
 
 fn integer(body: &mut Map<String, Value>, field: &str, low: i64, high: i64) -> Result<Option<i64>, Refusal> {
-    let Some(value) = take(body, field) else { return Ok(None) };
+    let Some(value) = take(body, field) else {
+        return Ok(None);
+    };
     match value.as_i64() {
         Some(number) if (low..=high).contains(&number) => Ok(Some(number)),
         _ if high == i64::MAX && low == i64::MIN => Err(invalid(format!("`{field}` must be a whole number"))),
-        _ if high == i64::MAX => Err(invalid(format!("`{field}` must be a whole number, at least {low}"))),
-        _ => Err(invalid(format!("`{field}` must be a whole number from {low} to {high}"))),
+        _ if high == i64::MAX => Err(invalid(format!(
+            "`{field}` must be a whole number, at least {low}"
+        ))),
+        _ => Err(invalid(format!(
+            "`{field}` must be a whole number from {low} to {high}"
+        ))),
     }
 }
 
 fn messages(value: Option<Value>, limits: &Limits) -> Result<Vec<Message>, Refusal> {
-    let Some(Value::Array(list)) = value else { return Err(invalid("`messages` must be a list")) };
+    let Some(Value::Array(list)) = value else {
+        return Err(invalid("`messages` must be a list"));
+    };
     if list.is_empty() {
         return Err(invalid("`messages` is empty"));
     }
@@ -412,7 +448,9 @@ fn messages(value: Option<Value>, limits: &Limits) -> Result<Vec<Message>, Refus
 }
 
 fn message(value: Value) -> Result<Message, String> {
-    let Value::Object(mut fields) = value else { return Err("must be an object".to_owned()) };
+    let Value::Object(mut fields) = value else {
+        return Err("must be an object".to_owned());
+    };
     let role = match take(&mut fields, "role").as_ref().and_then(Value::as_str) {
         Some("system" | "developer") => Role::System,
         Some("user") => Role::User,
@@ -424,7 +462,10 @@ fn message(value: Value) -> Result<Message, String> {
         Some(Value::Array(parts)) => {
             let mut text = String::new();
             for part in &parts {
-                match (part.get("type").and_then(Value::as_str), part.get("text").and_then(Value::as_str)) {
+                match (
+                    part.get("type").and_then(Value::as_str),
+                    part.get("text").and_then(Value::as_str),
+                ) {
                     (Some("text"), Some(piece)) => text.push_str(piece),
                     _ => return Err("`content` may hold parts of type text only".to_owned()),
                 }
@@ -448,14 +489,19 @@ fn stop(value: Option<Value>, limits: &Limits) -> Result<Vec<String>, Refusal> {
         Some(_) => return Err(invalid("`stop` must be a string or a list of strings")),
     };
     if list.len() > limits.stop_strings {
-        return Err(invalid(format!("`stop` has {} strings, the limit is {}", list.len(), limits.stop_strings)));
+        return Err(invalid(format!(
+            "`stop` has {} strings, the limit is {}",
+            list.len(),
+            limits.stop_strings
+        )));
     }
     list.into_iter()
         .map(|value| match value {
             Value::String(text) if text.is_empty() => Err(invalid("`stop` holds an empty string")),
-            Value::String(text) if text.len() > limits.stop_bytes => {
-                Err(invalid(format!("`stop` holds a string of more than {} bytes", limits.stop_bytes)))
-            }
+            Value::String(text) if text.len() > limits.stop_bytes => Err(invalid(format!(
+                "`stop` holds a string of more than {} bytes",
+                limits.stop_bytes
+            ))),
             Value::String(text) => Ok(text),
             _ => Err(invalid("`stop` must be a string or a list of strings")),
         })
@@ -508,12 +554,14 @@ fn fingerprint(envelope: &Envelope<'_>) -> String {
 
 /// Lower-case hexadecimal digits.
 pub fn hex(bytes: &[u8]) -> String {
-    bytes.iter().fold(String::with_capacity(bytes.len() * 2), |mut out, byte| {
-        for nibble in [byte >> 4, byte & 15] {
-            out.push(char::from_digit(u32::from(nibble), 16).unwrap_or('0'));
-        }
-        out
-    })
+    bytes
+        .iter()
+        .fold(String::with_capacity(bytes.len() * 2), |mut out, byte| {
+            for nibble in [byte >> 4, byte & 15] {
+                out.push(char::from_digit(u32::from(nibble), 16).unwrap_or('0'));
+            }
+            out
+        })
 }
 
 #[cfg(test)]

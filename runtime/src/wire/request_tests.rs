@@ -3,12 +3,24 @@ use proptest::prelude::*;
 use super::*;
 
 fn world() -> (Topics, Vec<String>, Limits) {
-    (Topics::new("pipit", "dev"), vec!["reply".to_owned()], Limits::default())
+    (
+        Topics::new("pipit", "dev"),
+        vec!["reply".to_owned()],
+        Limits::default(),
+    )
 }
 
 fn read(payload: &str) -> Result<Request, Box<Rejection>> {
     let (topics, prefixes, limits) = world();
-    parse(&Envelope { payload: payload.as_bytes(), ..Envelope::default() }, &topics, &prefixes, &limits)
+    parse(
+        &Envelope {
+            payload: payload.as_bytes(),
+            ..Envelope::default()
+        },
+        &topics,
+        &prefixes,
+        &limits,
+    )
 }
 
 fn refused(payload: &str) -> (ErrorCode, String) {
@@ -70,7 +82,12 @@ fn refused_by_name() {
         assert_eq!(code, ErrorCode::InvalidRequest, "{field}");
         assert!(message.contains(name), "{field}: {message}");
     }
-    for body in ["{", "{}", r#"{"messages":[]}"#, r#"{"messages":[{"role":"root","content":"x"}]}"#] {
+    for body in [
+        "{",
+        "{}",
+        r#"{"messages":[]}"#,
+        r#"{"messages":[{"role":"root","content":"x"}]}"#,
+    ] {
         assert_eq!(refused(body).0, ErrorCode::InvalidRequest, "{body}");
     }
     let deep = format!(r#"{{"messages":{}{}}}"#, "[".repeat(40), "]".repeat(40));
@@ -82,7 +99,11 @@ fn refused_by_name() {
 fn correlation_data_makes_the_id() {
     let (topics, prefixes, limits) = world();
     let id = |data: &[u8]| {
-        let envelope = Envelope { payload: b"hi", correlation: Some(data), ..Envelope::default() };
+        let envelope = Envelope {
+            payload: b"hi",
+            correlation: Some(data),
+            ..Envelope::default()
+        };
         let request = parse(&envelope, &topics, &prefixes, &limits).unwrap();
         assert_eq!(request.reply.correlation.as_deref(), Some(data));
         assert!(request.fingerprint.is_none());
@@ -97,19 +118,41 @@ fn correlation_data_makes_the_id() {
 #[test]
 fn a_forbidden_reply_topic_is_never_published_to() {
     let (topics, prefixes, limits) = world();
-    for topic in ["pipit/v1/dev/req", "pipit/v1/dev/cmd/x", "$SYS/x", "a/+", "elsewhere", ""] {
-        let envelope = Envelope { payload: b"hi", response_topic: Some(topic), ..Envelope::default() };
+    for topic in [
+        "pipit/v1/dev/req",
+        "pipit/v1/dev/cmd/x",
+        "$SYS/x",
+        "a/+",
+        "elsewhere",
+        "",
+    ] {
+        let envelope = Envelope {
+            payload: b"hi",
+            response_topic: Some(topic),
+            ..Envelope::default()
+        };
         let rejection = parse(&envelope, &topics, &prefixes, &limits).unwrap_err();
         assert_eq!(rejection.code, ErrorCode::InvalidRequest);
-        assert!(rejection.reply.topic.starts_with("pipit/v1/dev/res/"), "{}", rejection.reply.topic);
+        assert!(
+            rejection.reply.topic.starts_with("pipit/v1/dev/res/"),
+            "{}",
+            rejection.reply.topic
+        );
     }
 }
 
 #[test]
 fn message_expiry_is_a_deadline() {
     let (topics, prefixes, limits) = world();
-    let envelope = Envelope { payload: b"hi", expiry_s: Some(2), ..Envelope::default() };
-    assert_eq!(parse(&envelope, &topics, &prefixes, &limits).unwrap().deadline_ms, Some(2000));
+    let envelope = Envelope {
+        payload: b"hi",
+        expiry_s: Some(2),
+        ..Envelope::default()
+    };
+    assert_eq!(
+        parse(&envelope, &topics, &prefixes, &limits).unwrap().deadline_ms,
+        Some(2000)
+    );
 }
 
 proptest! {

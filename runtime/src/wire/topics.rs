@@ -11,7 +11,9 @@ pub const REPLY_TOPIC_BYTES: usize = 256;
 /// Whether `id` is a device or request id: `[A-Za-z0-9_.-]{1,64}`.
 pub fn valid_id(id: &str) -> bool {
     (1..=ID_BYTES).contains(&id.len())
-        && id.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'.' | b'-'))
+        && id
+            .bytes()
+            .all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'.' | b'-'))
 }
 
 /// The topics of one device.
@@ -24,7 +26,10 @@ pub struct Topics {
 impl Topics {
     /// Topics under `{root}/v1/{device}`. The caller has checked both names.
     pub fn new(root: &str, device: &str) -> Self {
-        Self { root: root.to_owned(), base: format!("{root}/v1/{device}") }
+        Self {
+            root: root.to_owned(),
+            base: format!("{root}/v1/{device}"),
+        }
     }
 
     /// Requests come in here.
@@ -76,8 +81,15 @@ impl Topics {
         if topic.starts_with('$') {
             return Err("the reply topic must not begin with `$`");
         }
-        if let Some(rest) = topic.strip_prefix(&self.base).and_then(|rest| rest.strip_prefix("/res/")) {
-            return if rest.is_empty() { Err("the reply topic ends after `res/`") } else { Ok(()) };
+        if let Some(rest) = topic
+            .strip_prefix(&self.base)
+            .and_then(|rest| rest.strip_prefix("/res/"))
+        {
+            return if rest.is_empty() {
+                Err("the reply topic ends after `res/`")
+            } else {
+                Ok(())
+            };
         }
         if under(topic, &self.root) {
             return Err("the reply topic must not lie under the device's own topics");
@@ -92,7 +104,9 @@ impl Topics {
 /// Whether `topic` is `prefix` or lies below it.
 fn under(topic: &str, prefix: &str) -> bool {
     let prefix = prefix.trim_end_matches('/');
-    topic.strip_prefix(prefix).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+    topic
+        .strip_prefix(prefix)
+        .is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
 }
 
 #[cfg(test)]
@@ -112,7 +126,13 @@ mod tests {
     fn reply_topics() {
         let topics = Topics::new("pipit", "dev");
         let prefixes = ["reply/".to_owned(), "home".to_owned()];
-        for good in ["reply/me", "reply", "home/a/b", "pipit/v1/dev/res/x", "pipit/v1/dev/res/a/b"] {
+        for good in [
+            "reply/me",
+            "reply",
+            "home/a/b",
+            "pipit/v1/dev/res/x",
+            "pipit/v1/dev/res/a/b",
+        ] {
             assert_eq!(topics.check_reply(good, &prefixes), Ok(()), "{good}");
         }
         let long = format!("reply/{}", "x".repeat(300));
@@ -134,6 +154,10 @@ mod tests {
             assert!(topics.check_reply(bad, &prefixes).is_err(), "{bad}");
         }
         // A prefix that was meant to open everything does not open the device's own topics.
-        assert!(topics.check_reply("pipit/v1/dev/cmd/x", &["pipit".to_owned()]).is_err());
+        assert!(
+            topics
+                .check_reply("pipit/v1/dev/cmd/x", &["pipit".to_owned()])
+                .is_err()
+        );
     }
 }
