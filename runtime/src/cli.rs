@@ -121,7 +121,9 @@ fn code_of(error: &anyhow::Error) -> u8 {
         return code::CONFIG;
     }
     match error.downcast_ref::<DaemonError>() {
-        Some(DaemonError::Config(_) | DaemonError::NoModel | DaemonError::Link(_)) => code::CONFIG,
+        Some(
+            DaemonError::Config(_) | DaemonError::NoModel | DaemonError::Model(_) | DaemonError::Link(_),
+        ) => code::CONFIG,
         #[cfg(feature = "embedded-broker")]
         Some(DaemonError::Broker(_)) => code::UNAVAILABLE,
         _ => 1,

@@ -77,9 +77,10 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         .build()
         .context("the async runtime cannot be started")?;
     let result = runtime.block_on(async {
-        match tokio::time::timeout(args.timeout, ask(args)).await {
-            Ok(result) => result,
-            Err(_) => {
+        match ask(args).await {
+            Ok(Some(code)) => Ok(code),
+            Err(error) => Err(error),
+            Ok(None) => {
                 eprintln!(
                     "error: no answer from {} within {:?}; hint: is the device online? A longer --timeout waits longer",
                     args.broker.config().map_or_else(|_| "the device".to_owned(), |config| config.device),
@@ -93,7 +94,8 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     result
 }
 
-async fn ask(args: &Args) -> anyhow::Result<ExitCode> {
+/// `None` when the time is up; the device is told then that nobody waits any more.
+async fn ask(args: &Args) -> anyhow::Result<Option<ExitCode>> {
     let config = args.broker.config()?;
     config.check()?;
     let prompt = if args.prompt == "-" {
@@ -123,8 +125,19 @@ async fn ask(args: &Args) -> anyhow::Result<ExitCode> {
     };
     let mut connected_before = false;
     let mut request = 0;
+    let until = tokio::time::Instant::now() + args.timeout;
     loop {
-        match events.recv().await.context("the link to the broker ended")? {
+        let Ok(event) = tokio::time::timeout_at(until, events.recv()).await else {
+            let payload = json!({ "id": id }).to_string().into_bytes();
+            link.publish(Outgoing {
+                topic: topics.cancel(),
+                payload,
+                ..Outgoing::default()
+            });
+            link.close().await;
+            return Ok(None);
+        };
+        match event.context("the link to the broker ended")? {
             Event::Connected { .. } => {
                 connected_before = true;
                 request += 1;
@@ -140,7 +153,7 @@ async fn ask(args: &Args) -> anyhow::Result<ExitCode> {
                 eprintln!(
                     "error: broker {broker}: {reason}; hint: is `pipit serve` or mosquitto running there?"
                 );
-                return Ok(ExitCode::from(code::UNAVAILABLE));
+                return Ok(Some(ExitCode::from(code::UNAVAILABLE)));
             }
             Event::Disconnected { reason } => {
                 tracing::warn!("no connection to the broker: {reason}; trying again");
@@ -161,7 +174,7 @@ async fn ask(args: &Args) -> anyhow::Result<ExitCode> {
                 }
                 if let Some(code) = printer.show(&message)? {
                     link.close().await;
-                    return Ok(code);
+                    return Ok(Some(code));
                 }
             }
         }

@@ -89,19 +89,28 @@ impl Llama {
         // One model in one process, for as long as it lives: a context then borrows for 'static.
         let model: &'static LlamaModel = Box::leak(Box::new(loaded));
         let trained = model.n_ctx_train();
-        let n_ctx = settings.n_ctx.min(trained.max(1)).max(LEAST_CONTEXT.min(trained.max(1)));
-        let threads = if settings.threads == 0 { physical_cores() } else { settings.threads };
+        let n_ctx = settings
+            .n_ctx
+            .min(trained.max(1))
+            .max(LEAST_CONTEXT.min(trained.max(1)));
+        let threads = if settings.threads == 0 {
+            physical_cores()
+        } else {
+            settings.threads
+        };
         let params = LlamaContextParams::default()
             .with_n_ctx(NonZeroU32::new(n_ctx))
             .with_n_batch(N_BATCH)
             .with_n_ubatch(N_BATCH)
             .with_n_threads(threads as i32)
             .with_n_threads_batch(threads as i32);
-        let context = model.new_context(&backend, params).map_err(|error| LoadError::Context {
-            path: path.clone(),
-            n_ctx,
-            reason: error.to_string(),
-        })?;
+        let context = model
+            .new_context(&backend, params)
+            .map_err(|error| LoadError::Context {
+                path: path.clone(),
+                n_ctx,
+                reason: error.to_string(),
+            })?;
         // Freed with the process.
         std::mem::forget(backend);
         let prompt = Prompt::of(model).map_err(|reason| LoadError::Template { path, reason })?;
@@ -118,7 +127,14 @@ impl Llama {
             threads,
             load_ms: started.elapsed().as_millis() as u64,
         };
-        Ok(Self { model, context, batch: LlamaBatch::new(chunk.max(1), 1), prompt, info, chunk })
+        Ok(Self {
+            model,
+            context,
+            batch: LlamaBatch::new(chunk.max(1), 1),
+            prompt,
+            info,
+            chunk,
+        })
     }
 
     /// What was loaded.
@@ -140,7 +156,10 @@ impl Llama {
         }
         // The answer needs room for one token at least.
         if prompt.len() + 1 > context as usize {
-            return Err(JobError::TooLarge { tokens: prompt.len(), context });
+            return Err(JobError::TooLarge {
+                tokens: prompt.len(),
+                context,
+            });
         }
         self.prefill(&prompt, step)?;
         let prefilled = Instant::now();
@@ -187,6 +206,15 @@ impl Llama {
         let room = self.context.n_ctx() as i32 - prompt_tokens;
         let most = job.max_tokens.min(room.max(0) as u32);
         let mut finish_reason = "length";
+        {
+            let mut c: Vec<_> = self
+                .context
+                .candidates_ith(self.batch.n_tokens() - 1)
+                .map(|c| (c.logit(), c.id().0))
+                .collect();
+            c.sort_by(|a, b| b.0.total_cmp(&a.0));
+            eprintln!("TOP {:?}", &c[..6]);
+        }
         while completion_tokens < most {
             let token = sampler.sample(&self.context, self.batch.n_tokens() - 1);
             if vocab.is_eog(token) {
@@ -214,7 +242,12 @@ impl Llama {
             text.push_str(&rest);
             step(&rest);
         }
-        Ok(Finished { text, finish_reason: finish_reason.to_owned(), completion_tokens, ..Finished::default() })
+        Ok(Finished {
+            text,
+            finish_reason: finish_reason.to_owned(),
+            completion_tokens,
+            ..Finished::default()
+        })
     }
 
     fn add(&mut self, token: LlamaToken, position: i32, logits: bool) -> Result<(), JobError> {
@@ -231,7 +264,8 @@ impl Llama {
 }
 
 fn file_stem(path: &Path) -> String {
-    path.file_stem().map_or_else(String::new, |stem| stem.to_string_lossy().into_owned())
+    path.file_stem()
+        .map_or_else(String::new, |stem| stem.to_string_lossy().into_owned())
 }
 
 /// Physical cores that this process may use: two threads of one core do not calculate faster than one.
@@ -245,5 +279,9 @@ fn physical_cores() -> u32 {
             Err(_) => break,
         };
     }
-    if cores.is_empty() { allowed } else { allowed.min(cores.len() as u32) }
+    if cores.is_empty() {
+        allowed
+    } else {
+        allowed.min(cores.len() as u32)
+    }
 }
