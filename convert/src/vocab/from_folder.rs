@@ -297,7 +297,7 @@ fn added_around(
     tokens: &[String],
 ) -> Result<(Option<bool>, Option<bool>), VocabError> {
     let flag = |key: &str| tokenizer_config.get(key).and_then(Json::as_bool);
-    let mut around = (flag("add_bos_token"), flag("add_eos_token"));
+    let mut around = (None, None);
     let post = json.get("post_processor").unwrap_or(&Json::Null);
     let parts = match post.get("processors").and_then(Json::as_array) {
         Some(parts) => parts.iter().collect(),
@@ -335,7 +335,7 @@ fn added_around(
             _ => return Err(at.unsupported(format!("the post_processor {part}"))),
         }
     }
-    Ok(around)
+    Ok((around.0.or(flag("add_bos_token")), around.1.or(flag("add_eos_token"))))
 }
 
 /// transformers lets chat_template.jinja win over tokenizer_config.json; so do we, and say when they differ.
