@@ -102,7 +102,7 @@ impl Cli {
         let Err(error) = result else {
             return ExitCode::SUCCESS;
         };
-        eprintln!("error: {error:#}");
+        eprintln!("error: {}", pipit_convert::report::describe(error.chain()));
         match error.downcast_ref::<UsageError>() {
             Some(UsageError::Usage(_)) => ExitCode::from(2),
             Some(UsageError::Config(..)) => ExitCode::from(78),

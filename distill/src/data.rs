@@ -8,7 +8,7 @@ use std::path::PathBuf;
 
 pub use encode::{Encoder, Prompt, Sample};
 use pipit_convert::checkpoint::CheckpointError;
-pub use rows::{Content, Row, read_rows};
+pub use rows::{Content, ReadRow, Row, read_rows};
 use serde::Serialize;
 
 /// What can be wrong with data, a tokenizer or a chat template.

@@ -52,7 +52,7 @@ pub fn save_checkpoint(model: &Llama, base: &Path, dir: &Path) -> io::Result<()>
         );
     }
     let mut text = Value::Object(header).to_string();
-    while text.len() % 8 != 0 {
+    while !text.len().is_multiple_of(8) {
         text.push(' ');
     }
     let mut file = BufWriter::new(File::create(dir.join("model.safetensors"))?);

@@ -90,7 +90,7 @@ impl ChatTemplate {
         messages: &[serde_json::Value],
         add_generation_prompt: bool,
     ) -> Result<String, DataError> {
-        let special = Value::from_iter(self.special.iter().map(|(key, text)| (key.clone(), text.clone())));
+        let special = Value::from_pairs(self.special.iter().map(|(key, text)| (key.clone(), text.clone())));
         let values = context! {
             messages => Value::from(Serde(messages)), add_generation_prompt => add_generation_prompt, tools => (), documents => (), ..special
         };
@@ -109,6 +109,7 @@ fn describe(error: &Error) -> String {
 }
 
 /// `tojson` as transformers defines it: Python's `json.dumps(…, ensure_ascii=False)`, not HTML-safe.
+#[expect(clippy::needless_pass_by_value, reason = "the signature of a filter")]
 fn to_json(value: Value, kwargs: Kwargs) -> Result<Value, Error> {
     let indent: Option<usize> = kwargs.get("indent")?;
     let bad = |e: serde_json::Error| Error::new(ErrorKind::BadSerialization, e.to_string());

@@ -1,5 +1,7 @@
 //! The trainable llama against torch, transformers and PEFT: fixtures made by references/tiny_llama.py.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 

@@ -35,11 +35,11 @@ fn parameters(
     Ok([
         Parameter::trained(
             format!("{module}.lora_A.weight"),
-            Tensor::from_vec(a, (r, input), &Device::Cpu)?,
+            &Tensor::from_vec(a, (r, input), &Device::Cpu)?,
         )?,
         Parameter::trained(
             format!("{module}.lora_B.weight"),
-            Tensor::from_vec(b, (out, r), &Device::Cpu)?,
+            &Tensor::from_vec(b, (out, r), &Device::Cpu)?,
         )?,
     ])
 }

@@ -13,7 +13,7 @@ use super::options::{Method, SftConfig, SftOptions, read_toml};
 use super::run::RunDir;
 use super::{Output, UsageError, refuse_gguf};
 use crate::adapter::{self, LoraOptions};
-use crate::data::{DataReport, Encoder, Prompt, Row, Sample, read_rows};
+use crate::data::{DataReport, Encoder, Prompt, ReadRow, Sample, read_rows};
 use crate::evaluate::{Answer, answers};
 use crate::export::save_checkpoint;
 use crate::model::Llama;
@@ -287,7 +287,7 @@ fn read(
     limit: Option<usize>,
     max_length: usize,
     output: Output,
-) -> anyhow::Result<(Rows, Vec<Sample>, DataReport)> {
+) -> anyhow::Result<(Vec<ReadRow>, Vec<Sample>, DataReport)> {
     let rows = read_rows(path, limit)?;
     let (samples, report) = encoder.samples(path, &rows, max_length)?;
     if !output.quiet {
@@ -297,8 +297,6 @@ fn read(
     }
     Ok((rows, samples, report))
 }
-
-type Rows = Vec<Result<Row, (usize, String)>>;
 
 fn train_options(config: &SftConfig, samples: usize) -> TrainOptions {
     let mut options = TrainOptions {

@@ -1,5 +1,6 @@
 //! Rows to tokens: the checkpoint's tokenizer and chat template, and labels on the answers only.
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use pipit_convert::checkpoint::read_json_object;
@@ -7,7 +8,7 @@ use rayon::prelude::*;
 use serde_json::Value;
 use tokenizers::Tokenizer;
 
-use super::{Content, DataError, DataReport, Row};
+use super::{Content, DataError, DataReport, ReadRow, Row};
 use crate::batch::IGNORED;
 use crate::template::ChatTemplate;
 
@@ -41,6 +42,9 @@ pub struct Encoder {
     template: Option<ChatTemplate>,
     eos: Vec<u32>,
 }
+
+/// Tokens, the ranges of the answers in them, and whether a border is not clean.
+type Spans = (Vec<u32>, Vec<Range<usize>>, bool);
 
 enum Encoded {
     Sample {
@@ -135,7 +139,7 @@ impl Encoder {
     pub fn samples(
         &self,
         path: &Path,
-        rows: &[Result<Row, (usize, String)>],
+        rows: &[ReadRow],
         max_length: usize,
     ) -> Result<(Vec<Sample>, DataReport), DataError> {
         let mut report = DataReport {
@@ -216,14 +220,14 @@ impl Encoder {
                 let (from, uneven) = boundary(&before, &ids);
                 self.end(&mut ids);
                 let to = ids.len();
-                (ids, vec![from..to], uneven)
+                (ids, std::iter::once(from..to).collect(), uneven)
             }
             Content::Text(text) if text.trim().is_empty() => return Ok(Encoded::EmptyAnswer),
             Content::Text(text) => {
                 let mut ids = self.ids(text, true)?;
                 self.end(&mut ids);
                 let to = ids.len();
-                (ids, vec![0..to], false)
+                (ids, std::iter::once(0..to).collect(), false)
             }
         };
         let mut labels = vec![IGNORED; ids.len()];
@@ -265,12 +269,7 @@ impl Encoder {
     }
 
     /// The tokens of a conversation, and the ranges of the assistant's turns, each with its end token.
-    fn conversation(
-        &self,
-        path: &Path,
-        line: usize,
-        messages: &[Value],
-    ) -> Result<(Vec<u32>, Vec<std::ops::Range<usize>>, bool), DataError> {
+    fn conversation(&self, path: &Path, line: usize, messages: &[Value]) -> Result<Spans, DataError> {
         let template = self.template(path, line)?;
         let refused = |why: String| DataError::Refused {
             path: path.to_path_buf(),

@@ -19,6 +19,9 @@ pub struct Row {
     pub columns: Map<String, Value>,
 }
 
+/// A row, or the number of a line that is none and what is wrong with it.
+pub type ReadRow = Result<Row, (usize, String)>;
+
 /// The three shapes of a row.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Content {
@@ -36,7 +39,7 @@ pub enum Content {
 }
 
 /// Reads the rows, at most `limit`. A line that is no row comes as its number and what is wrong with it.
-pub fn read_rows(path: &Path, limit: Option<usize>) -> Result<Vec<Result<Row, (usize, String)>>, DataError> {
+pub fn read_rows(path: &Path, limit: Option<usize>) -> Result<Vec<ReadRow>, DataError> {
     let read = |source| DataError::Read {
         path: path.to_path_buf(),
         source,

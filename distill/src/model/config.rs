@@ -155,10 +155,13 @@ impl LlamaConfig {
             rope_theta,
             rope_llama3,
         };
-        if config.num_attention_heads % config.num_key_value_heads != 0 {
+        if !config
+            .num_attention_heads
+            .is_multiple_of(config.num_key_value_heads)
+        {
             return Err(reader.bad("num_key_value_heads", "does not divide num_attention_heads"));
         }
-        if config.head_dim == 0 || config.head_dim % 2 != 0 {
+        if config.head_dim == 0 || !config.head_dim.is_multiple_of(2) {
             return Err(reader.bad(
                 "head_dim",
                 format!("{} is not an even number above 0", config.head_dim),

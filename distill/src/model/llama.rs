@@ -96,18 +96,13 @@ impl Loader<'_> {
         let tensor = Tensor::from_vec(data, shape, &Device::Cpu)?;
         self.used.push(name.clone());
         Ok(if self.train {
-            Parameter::trained(name, tensor)?
+            Parameter::trained(name, &tensor)?
         } else {
-            Parameter::frozen(name, tensor)
+            Parameter::frozen(name, &tensor)
         })
     }
 
-    fn linear(
-        &mut self,
-        module: String,
-        out: usize,
-        input: usize,
-    ) -> std::result::Result<Linear, ModelError> {
+    fn linear(&mut self, module: &str, out: usize, input: usize) -> std::result::Result<Linear, ModelError> {
         Ok(Linear {
             weight: self.take(format!("{module}.weight"), &[out, input])?,
             lora: None,
@@ -138,14 +133,14 @@ impl Llama {
             let name = |part: &str| format!("model.layers.{i}.{part}");
             layers.push(Layer {
                 input_layernorm: loader.take(name("input_layernorm.weight"), &[d])?,
-                q_proj: loader.linear(name("self_attn.q_proj"), q, d)?,
-                k_proj: loader.linear(name("self_attn.k_proj"), kv, d)?,
-                v_proj: loader.linear(name("self_attn.v_proj"), kv, d)?,
-                o_proj: loader.linear(name("self_attn.o_proj"), d, q)?,
+                q_proj: loader.linear(&name("self_attn.q_proj"), q, d)?,
+                k_proj: loader.linear(&name("self_attn.k_proj"), kv, d)?,
+                v_proj: loader.linear(&name("self_attn.v_proj"), kv, d)?,
+                o_proj: loader.linear(&name("self_attn.o_proj"), d, q)?,
                 post_attention_layernorm: loader.take(name("post_attention_layernorm.weight"), &[d])?,
-                gate_proj: loader.linear(name("mlp.gate_proj"), ffn, d)?,
-                up_proj: loader.linear(name("mlp.up_proj"), ffn, d)?,
-                down_proj: loader.linear(name("mlp.down_proj"), d, ffn)?,
+                gate_proj: loader.linear(&name("mlp.gate_proj"), ffn, d)?,
+                up_proj: loader.linear(&name("mlp.up_proj"), ffn, d)?,
+                down_proj: loader.linear(&name("mlp.down_proj"), d, ffn)?,
             });
         }
         let norm = loader.take("model.norm.weight".into(), &[d])?;

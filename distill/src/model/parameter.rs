@@ -33,7 +33,7 @@ pub struct Parameter {
 
 impl Parameter {
     /// A weight that stays as it is.
-    pub fn frozen(name: String, tensor: Tensor) -> Self {
+    pub fn frozen(name: String, tensor: &Tensor) -> Self {
         Self {
             name,
             tensor: tensor.detach(),
@@ -42,8 +42,8 @@ impl Parameter {
     }
 
     /// A weight that is trained.
-    pub fn trained(name: String, tensor: Tensor) -> Result<Self> {
-        let var = Var::from_tensor(&tensor)?;
+    pub fn trained(name: String, tensor: &Tensor) -> Result<Self> {
+        let var = Var::from_tensor(tensor)?;
         Ok(Self {
             name,
             tensor: var.as_detached_tensor(),
