@@ -133,7 +133,7 @@ pub async fn serve(
                 None => break,
             },
             commit = commits.recv() => match commit {
-                Some(commit) => service.committed(commit),
+                Some(commit) => service.committed(&commit),
                 None => break,
             },
             event = worker_events.recv() => match event {

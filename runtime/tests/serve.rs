@@ -2,6 +2,8 @@
 //!
 //! The model is at `PIPIT_TEST_MODEL`, or where ./quickstart and ./check put it.
 
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking, in its helpers too")]
+
 use std::io::Read as _;
 use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
@@ -318,14 +320,16 @@ fn answers_over_mqtt() {
     assert!(refused.stdout.is_empty(), "{refused:?}");
 
     // The same id is the same answer, without a second run: other messages would have given another one.
-    let listener = world.listen("twice", "2", "60");
     let mut once = request("twice", "Say hello.", 16);
     once["stream"] = Value::Bool(false);
-    world.publish(&once);
-    once["messages"][0]["content"] = Value::from("Count to ten.");
-    once["max_tokens"] = Value::from(300);
-    world.publish(&once);
-    let twice = answers(listener);
+    let mut twice = Vec::new();
+    for (prompt, most) in [("Say hello.", 16), ("Count to ten.", 300)] {
+        once["messages"][0]["content"] = Value::from(prompt);
+        once["max_tokens"] = Value::from(most);
+        let listener = world.listen("twice", "1", "60");
+        world.publish(&once);
+        twice.extend(answers(listener));
+    }
     assert_eq!(twice.len(), 2);
     assert_eq!(twice[0], twice[1]);
 
@@ -429,7 +433,7 @@ fn a_prompt_survives_kill_9_of_the_worker_and_of_the_daemon() {
     assert_ne!(workers(&daemon)[0], worker);
 
     // The daemon, after it has taken two requests.
-    let listeners = [world.listen("one", "400", "30"), world.listen("two", "400", "30")];
+    let listeners = [world.listen("one", "400", "12"), world.listen("two", "400", "12")];
     for id in ["one", "two"] {
         let mut body = request(id, prompt, 120);
         body["stream"] = Value::Bool(false);

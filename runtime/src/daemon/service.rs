@@ -15,16 +15,18 @@ use tokio::sync::mpsc;
 
 use crate::clock::unix_ms;
 use crate::config::Config;
-use crate::engine::{Finished, FromWorker, Job, ToWorker, sampler};
 use crate::health::{self, Counters, State};
 use crate::journal::table::{Bounds, Stage, Table};
 use crate::journal::writer::{Committed, Writer};
 use crate::journal::{Key, Record, StoredAnswer};
-use crate::mqtt::{Ack, Event as LinkEvent, Incoming, Link, Outgoing};
-use crate::queue::{Next, Queue, Waiting};
+use crate::mqtt::{Ack, Event as LinkEvent, Link, Outgoing};
+use crate::queue::{Queue, Waiting};
 use crate::reply::{self, Author, Stream};
-use crate::wire::{Envelope, ErrorCode, Request, Topics, request};
-use crate::worker::{Event as WorkerEvent, Worker};
+use crate::wire::{ErrorCode, Request, Topics};
+use crate::worker::Worker;
+
+mod intake;
+mod work;
 
 /// Requests that the worker has at a time.
 const SLOTS: usize = 1;
@@ -218,188 +220,8 @@ impl Service {
         }
     }
 
-    fn message(&mut self, message: &Incoming) {
-        if self.draining {
-            // Not acknowledged: the broker gives it to the next daemon.
-            return;
-        }
-        if message.retain {
-            tracing::warn!(
-                "a retained message on {} is ignored: a request must not be retained",
-                message.topic
-            );
-            self.ack(message.ack);
-        } else if message.topic == self.topics.cancel() {
-            self.cancel(&message.payload);
-            self.ack(message.ack);
-        } else {
-            self.request(message);
-        }
-    }
-
-    fn request(&mut self, message: &Incoming) {
-        let envelope = Envelope {
-            payload: &message.payload,
-            response_topic: message.response_topic.as_deref(),
-            correlation: message.correlation.as_deref(),
-            content_type: message.content_type.as_deref(),
-            expiry_s: message.expiry_s,
-        };
-        let parsed = request::parse(
-            &envelope,
-            &self.topics,
-            &self.config.reply.prefixes,
-            &self.config.limits,
-        );
-        let mut request = match parsed {
-            Ok(request) => Box::new(request),
-            Err(rejection) => {
-                let answer = reply::error(&rejection.reply, &rejection.id, rejection.code, rejection.message);
-                self.refuse(message.ack, answer);
-                return;
-            }
-        };
-        if let (true, Some(fingerprint)) = (message.duplicate, &request.fingerprint)
-            && let Some(key) = self.recognise(message.ack, fingerprint)
-        {
-            request.id.clone_from(&key.1);
-        }
-        let key = request.key();
-        match self.table.stage(&key) {
-            Some(Stage::Accepted(_)) => {
-                self.counters.duplicates += 1;
-                // Safe already, or as soon as the first one is.
-                match self
-                    .accepting
-                    .get(&key)
-                    .and_then(|ticket| self.on_commit.get_mut(ticket))
-                {
-                    Some(OnCommit::Accepted { acks, .. }) => acks.extend(message.ack),
-                    _ => self.ack(message.ack),
-                }
-                return;
-            }
-            Some(Stage::Done(_) | Stage::Delivered(_)) => {
-                self.counters.duplicates += 1;
-                self.ack(message.ack);
-                // An answer that is not yet safe follows when it is.
-                if !self.accepting.contains_key(&key) {
-                    self.unpublished.push_back((key, request.reply.correlation));
-                    self.publish_answers();
-                }
-                return;
-            }
-            None => {}
-        }
-        if let Some((code, why)) = self.cannot_take() {
-            let answer = reply::error(&request.reply, &request.id, code, why);
-            self.refuse(message.ack, answer);
-            return;
-        }
-        self.accept(key, request, message.ack);
-    }
-
-    fn accept(&mut self, key: Key, request: Box<Request>, ack: Option<Ack>) {
-        let record = Record::Accepted {
-            at: unix_ms(),
-            request,
-        };
-        self.table.apply(record.clone());
-        let ticket = self.record(vec![record], true);
-        self.on_commit.insert(
-            ticket,
-            OnCommit::Accepted {
-                key: key.clone(),
-                acks: ack.into_iter().collect(),
-            },
-        );
-        self.accepting.insert(key, ticket);
-    }
-
-    /// Why no request can be taken now.
-    fn cannot_take(&mut self) -> Option<(ErrorCode, String)> {
-        if let Some(why) = &self.unloadable {
-            return Some((ErrorCode::ModelUnavailable, why.clone()));
-        }
-        if self.queue.len() + self.accepting.len() >= self.config.limits.queue {
-            return Some((
-                ErrorCode::QueueFull,
-                format!("{} requests wait", self.queue.len()),
-            ));
-        }
-        if self.table.bytes() > self.bounds.bytes {
-            self.evict();
-        }
-        (self.table.bytes() > self.bounds.bytes).then(|| {
-            (
-                ErrorCode::QueueFull,
-                "the journal is full of requests and answers that are owed".to_owned(),
-            )
-        })
-    }
-
-    /// A message without an id that the broker sends again: the entry that it made the first time. Every entry is
-    /// recognised once in a connection, so that two equal messages remain two.
-    fn recognise(&mut self, ack: Option<Ack>, fingerprint: &str) -> Option<Key> {
-        let epoch = ack?.epoch();
-        if self.recognised.0 != epoch {
-            self.recognised = (epoch, HashSet::new());
-        }
-        let known = &self.recognised.1;
-        let key = self.table.entries().find_map(|(key, entry)| {
-            let same = match &entry.stage {
-                Stage::Accepted(request) => request.fingerprint.as_deref() == Some(fingerprint),
-                Stage::Done(answer) | Stage::Delivered(answer) => {
-                    answer.fingerprint.as_deref() == Some(fingerprint)
-                }
-            };
-            (same && !known.contains(key)).then(|| key.clone())
-        })?;
-        self.recognised.1.insert(key.clone());
-        Some(key)
-    }
-
-    /// Answers at once, without a trace in the journal: the same message would be refused again.
-    fn refuse(&mut self, ack: Option<Ack>, answer: StoredAnswer) {
-        self.counters.errors += 1;
-        let token = self.number();
-        let correlation = answer.reply.correlation.clone();
-        if self
-            .link
-            .publish(reply::message(&self.author, &answer, correlation, token))
-        {
-            self.on_delivery.insert(token, OnDelivery::Nothing);
-            self.ack(ack);
-        }
-        // Without room it is not acknowledged, and comes again in the next connection.
-    }
-
-    fn cancel(&mut self, payload: &[u8]) {
-        let text = String::from_utf8_lossy(payload);
-        let id = serde_json::from_str::<serde_json::Value>(&text)
-            .ok()
-            .and_then(|value| value.get("id").and_then(|id| id.as_str()).map(ToOwned::to_owned))
-            .unwrap_or_else(|| text.trim().to_owned());
-        let keys: Vec<Key> = self
-            .table
-            .entries()
-            .filter(|(key, entry)| key.1 == id && matches!(entry.stage, Stage::Accepted(_)))
-            .map(|(key, _)| key.clone())
-            .collect();
-        for key in keys {
-            if let Some((&job, running)) = self.running.iter_mut().find(|(_, running)| running.key == key) {
-                running.cancelled = true;
-                // Lost only when the worker has ended; then it is cancelled there.
-                self.worker.send(ToWorker::Cancel { job });
-            } else {
-                self.queue.cancel(&key);
-                self.fail(&key, ErrorCode::Cancelled, "cancelled");
-            }
-        }
-    }
-
     /// The journal has put a batch on the disk, or has not.
-    pub fn committed(&mut self, commit: Committed) {
+    pub fn committed(&mut self, commit: &Committed) {
         self.journal_bytes = commit.file_bytes;
         let Some(what) = self.on_commit.remove(&commit.ticket) else {
             return;
@@ -425,7 +247,7 @@ impl Service {
                     self.table.apply(Record::Erased { key });
                     for (at, ack) in acks.into_iter().enumerate() {
                         if at == 0 {
-                            self.refuse(Some(ack), answer.clone())
+                            self.refuse(Some(ack), &answer)
                         } else {
                             self.ack(Some(ack))
                         }
@@ -457,191 +279,6 @@ impl Service {
             }
             OnCommit::Nothing => {}
         }
-    }
-
-    /// Gives the worker what it can take.
-    fn dispatch(&mut self) {
-        while self.loaded && self.hashed && !self.draining && self.running.len() < SLOTS {
-            let waiting = match self.queue.pop(Instant::now()) {
-                None => return,
-                Some(Next::Expired(waiting)) => {
-                    self.fail(
-                        &waiting.key,
-                        ErrorCode::Expired,
-                        "the deadline passed before the work began",
-                    );
-                    continue;
-                }
-                Some(Next::Run(waiting)) => waiting,
-            };
-            let Some(Stage::Accepted(request)) = self.table.stage(&waiting.key) else {
-                continue;
-            };
-            let request = request.clone();
-            let job = self.number();
-            let frame = ToWorker::Run {
-                job,
-                request: Box::new(self.job(&request)),
-            };
-            if !self.worker.send(frame) {
-                self.queue.push(waiting, request.priority);
-                return;
-            }
-            let running = Running {
-                stream: Stream::of(&request),
-                key: waiting.key,
-                request,
-                since: waiting.since,
-                began: Instant::now(),
-                cancelled: false,
-            };
-            self.running.insert(job, running);
-        }
-    }
-
-    fn job(&self, request: &Request) -> Job {
-        let defaults = &self.config.sampling;
-        let sampling = &request.sampling;
-        Job {
-            messages: request.messages.clone(),
-            max_tokens: request.max_tokens,
-            stop: request.stop.clone(),
-            sampling: sampler::Settings {
-                temperature: sampling.temperature.unwrap_or(defaults.temperature),
-                top_p: sampling.top_p.unwrap_or(defaults.top_p),
-                top_k: sampling.top_k.unwrap_or(defaults.top_k),
-                min_p: sampling.min_p.unwrap_or(defaults.min_p),
-                seed: sampling.seed,
-            },
-        }
-    }
-
-    /// Something happened in the worker.
-    pub fn worker(&mut self, event: WorkerEvent) {
-        match event {
-            WorkerEvent::Started(pid) => {
-                self.worker_pid = Some(pid);
-                self.announce();
-            }
-            WorkerEvent::Ended { status } => self.worker_ended(&status),
-            WorkerEvent::Frame(frame) => self.frame(frame),
-        }
-    }
-
-    fn frame(&mut self, frame: FromWorker) {
-        match frame {
-            FromWorker::Ready(info) => {
-                tracing::info!(
-                    "model {} is loaded: {} {}, context {}, {} threads, {} ms",
-                    info.name,
-                    info.architecture,
-                    info.quantisation,
-                    info.context,
-                    info.threads,
-                    info.load_ms
-                );
-                self.author.model = info;
-                self.loaded = true;
-                self.unloadable = None;
-                self.publish_card();
-                self.announce();
-                self.dispatch();
-            }
-            FromWorker::Unloadable { message } => {
-                if self.unloadable.as_ref() != Some(&message) {
-                    tracing::error!("{message}");
-                    self.unloadable = Some(message);
-                }
-                self.announce();
-            }
-            FromWorker::Delta { job, text } => {
-                if let Some(stream) = self
-                    .running
-                    .get_mut(&job)
-                    .and_then(|running| running.stream.as_mut())
-                {
-                    stream.push(&text);
-                }
-                self.chunks();
-            }
-            FromWorker::Done { job, finished } => {
-                if let Some(running) = self.running.remove(&job) {
-                    self.finish(running, &finished);
-                }
-                self.dispatch();
-            }
-            FromWorker::Failed { job, code, message } => {
-                if let Some(running) = self.running.remove(&job) {
-                    self.fail(&running.key, code, &message);
-                }
-                self.dispatch();
-            }
-            FromWorker::Heartbeat => {}
-        }
-    }
-
-    fn worker_ended(&mut self, status: &str) {
-        self.worker_pid = None;
-        self.loaded = false;
-        if self.unloadable.is_none() {
-            self.counters.worker_ends += 1;
-            tracing::warn!("the worker ended ({status}); starting another");
-        }
-        let lost: Vec<Running> = self.running.drain().map(|(_, running)| running).collect();
-        for running in lost {
-            if running.cancelled {
-                self.fail(&running.key, ErrorCode::Cancelled, "cancelled");
-                continue;
-            }
-            let attempts = self.attempts.entry(running.key.clone()).or_insert(0);
-            *attempts += 1;
-            if *attempts >= MOST_ATTEMPTS {
-                let message = format!("the engine failed {attempts} times on this request ({status})");
-                self.fail(&running.key, ErrorCode::Internal, &message);
-                continue;
-            }
-            // Its work had begun in time: the deadline is met.
-            let waiting = Waiting {
-                key: running.key,
-                since: running.since,
-                deadline: None,
-            };
-            self.queue
-                .push(waiting, running.request.priority.saturating_add(1000));
-        }
-        self.announce();
-    }
-
-    fn finish(&mut self, running: Running, finished: &Finished) {
-        self.counters.answered += 1;
-        self.counters.prompt_tokens += u64::from(finished.prompt_tokens);
-        self.counters.completion_tokens += u64::from(finished.completion_tokens);
-        if finished.predicted_ms > 0.0 {
-            self.counters.tokens_per_second =
-                f64::from(finished.completion_tokens) * 1000.0 / finished.predicted_ms;
-        }
-        let queue_ms = (running.began - running.since).as_secs_f64() * 1000.0;
-        let mut answer = reply::completion(&self.author, &running.request, finished, queue_ms);
-        answer.fingerprint.clone_from(&running.request.fingerprint);
-        tracing::info!(
-            id = running.request.id,
-            prompt_tokens = finished.prompt_tokens,
-            completion_tokens = finished.completion_tokens,
-            ms = (finished.prompt_ms + finished.predicted_ms).round(),
-            "answered"
-        );
-        self.done(running.key, answer);
-    }
-
-    fn fail(&mut self, key: &Key, code: ErrorCode, message: &str) {
-        let Some(Stage::Accepted(request)) = self.table.stage(key) else {
-            return;
-        };
-        self.counters.errors += 1;
-        let mut answer = reply::error(&request.reply, &request.id, code, message);
-        answer.fingerprint.clone_from(&request.fingerprint);
-        tracing::info!(id = request.id, code = code.as_str(), "not answered: {message}");
-        self.done(key.clone(), answer);
     }
 
     /// Writes the answer down; it is published when it is safe.

@@ -206,15 +206,6 @@ impl Llama {
         let room = self.context.n_ctx() as i32 - prompt_tokens;
         let most = job.max_tokens.min(room.max(0) as u32);
         let mut finish_reason = "length";
-        {
-            let mut c: Vec<_> = self
-                .context
-                .candidates_ith(self.batch.n_tokens() - 1)
-                .map(|c| (c.logit(), c.id().0))
-                .collect();
-            c.sort_by(|a, b| b.0.total_cmp(&a.0));
-            eprintln!("TOP {:?}", &c[..6]);
-        }
         while completion_tokens < most {
             let token = sampler.sample(&self.context, self.batch.n_tokens() - 1);
             if vocab.is_eog(token) {

@@ -1,0 +1,197 @@
+//! Intake: a message from the link becomes an accepted request, a repeated answer or a refusal.
+//!
+//! In: messages on the request and cancel topics. Out: records of accepted requests, refusals. A message is
+//! acknowledged when its request is on the disk, or when it needs no more care.
+
+use std::collections::HashSet;
+
+use super::{OnCommit, OnDelivery, Service};
+use crate::clock::unix_ms;
+use crate::engine::ToWorker;
+use crate::journal::table::Stage;
+use crate::journal::{Key, Record, StoredAnswer};
+use crate::mqtt::{Ack, Incoming};
+use crate::reply;
+use crate::wire::{Envelope, ErrorCode, Request, request};
+
+impl Service {
+    pub(super) fn message(&mut self, message: &Incoming) {
+        if self.draining {
+            // Not acknowledged: the broker gives it to the next daemon.
+            return;
+        }
+        if message.retain {
+            tracing::warn!(
+                "a retained message on {} is ignored: a request must not be retained",
+                message.topic
+            );
+            self.ack(message.ack);
+        } else if message.topic == self.topics.cancel() {
+            self.cancel(&message.payload);
+            self.ack(message.ack);
+        } else {
+            self.request(message);
+        }
+    }
+
+    fn request(&mut self, message: &Incoming) {
+        let envelope = Envelope {
+            payload: &message.payload,
+            response_topic: message.response_topic.as_deref(),
+            correlation: message.correlation.as_deref(),
+            content_type: message.content_type.as_deref(),
+            expiry_s: message.expiry_s,
+        };
+        let parsed = request::parse(
+            &envelope,
+            &self.topics,
+            &self.config.reply.prefixes,
+            &self.config.limits,
+        );
+        let mut request = match parsed {
+            Ok(request) => Box::new(request),
+            Err(rejection) => {
+                let answer = reply::error(&rejection.reply, &rejection.id, rejection.code, rejection.message);
+                self.refuse(message.ack, &answer);
+                return;
+            }
+        };
+        if let (true, Some(fingerprint)) = (message.duplicate, &request.fingerprint)
+            && let Some(key) = self.recognise(message.ack, fingerprint)
+        {
+            request.id.clone_from(&key.1);
+        }
+        let key = request.key();
+        match self.table.stage(&key) {
+            Some(Stage::Accepted(_)) => {
+                self.counters.duplicates += 1;
+                // Safe already, or as soon as the first one is.
+                match self
+                    .accepting
+                    .get(&key)
+                    .and_then(|ticket| self.on_commit.get_mut(ticket))
+                {
+                    Some(OnCommit::Accepted { acks, .. }) => acks.extend(message.ack),
+                    _ => self.ack(message.ack),
+                }
+                return;
+            }
+            Some(Stage::Done(_) | Stage::Delivered(_)) => {
+                self.counters.duplicates += 1;
+                self.ack(message.ack);
+                // An answer that is not yet safe follows when it is.
+                if !self.accepting.contains_key(&key) {
+                    self.unpublished.push_back((key, request.reply.correlation));
+                    self.publish_answers();
+                }
+                return;
+            }
+            None => {}
+        }
+        if let Some((code, why)) = self.cannot_take() {
+            let answer = reply::error(&request.reply, &request.id, code, why);
+            self.refuse(message.ack, &answer);
+            return;
+        }
+        self.accept(key, request, message.ack);
+    }
+
+    fn accept(&mut self, key: Key, request: Box<Request>, ack: Option<Ack>) {
+        let record = Record::Accepted {
+            at: unix_ms(),
+            request,
+        };
+        self.table.apply(record.clone());
+        let ticket = self.record(vec![record], true);
+        self.on_commit.insert(
+            ticket,
+            OnCommit::Accepted {
+                key: key.clone(),
+                acks: ack.into_iter().collect(),
+            },
+        );
+        self.accepting.insert(key, ticket);
+    }
+
+    /// Why no request can be taken now.
+    fn cannot_take(&mut self) -> Option<(ErrorCode, String)> {
+        if let Some(why) = &self.unloadable {
+            return Some((ErrorCode::ModelUnavailable, why.clone()));
+        }
+        if self.queue.len() + self.accepting.len() >= self.config.limits.queue {
+            return Some((
+                ErrorCode::QueueFull,
+                format!("{} requests wait", self.queue.len()),
+            ));
+        }
+        if self.table.bytes() > self.bounds.bytes {
+            self.evict();
+        }
+        (self.table.bytes() > self.bounds.bytes).then(|| {
+            (
+                ErrorCode::QueueFull,
+                "the journal is full of requests and answers that are owed".to_owned(),
+            )
+        })
+    }
+
+    /// A message without an id that the broker sends again: the entry that it made the first time. Every entry is
+    /// recognised once in a connection, so that two equal messages remain two.
+    fn recognise(&mut self, ack: Option<Ack>, fingerprint: &str) -> Option<Key> {
+        let epoch = ack?.epoch();
+        if self.recognised.0 != epoch {
+            self.recognised = (epoch, HashSet::new());
+        }
+        let known = &self.recognised.1;
+        let key = self.table.entries().find_map(|(key, entry)| {
+            let same = match &entry.stage {
+                Stage::Accepted(request) => request.fingerprint.as_deref() == Some(fingerprint),
+                Stage::Done(answer) | Stage::Delivered(answer) => {
+                    answer.fingerprint.as_deref() == Some(fingerprint)
+                }
+            };
+            (same && !known.contains(key)).then(|| key.clone())
+        })?;
+        self.recognised.1.insert(key.clone());
+        Some(key)
+    }
+
+    /// Answers at once, without a trace in the journal: the same message would be refused again.
+    pub(super) fn refuse(&mut self, ack: Option<Ack>, answer: &StoredAnswer) {
+        self.counters.errors += 1;
+        let token = self.number();
+        let correlation = answer.reply.correlation.clone();
+        if self
+            .link
+            .publish(reply::message(&self.author, answer, correlation, token))
+        {
+            self.on_delivery.insert(token, OnDelivery::Nothing);
+            self.ack(ack);
+        }
+        // Without room it is not acknowledged, and comes again in the next connection.
+    }
+
+    fn cancel(&mut self, payload: &[u8]) {
+        let text = String::from_utf8_lossy(payload);
+        let id = serde_json::from_str::<serde_json::Value>(&text)
+            .ok()
+            .and_then(|value| value.get("id").and_then(|id| id.as_str()).map(ToOwned::to_owned))
+            .unwrap_or_else(|| text.trim().to_owned());
+        let keys: Vec<Key> = self
+            .table
+            .entries()
+            .filter(|(key, entry)| key.1 == id && matches!(entry.stage, Stage::Accepted(_)))
+            .map(|(key, _)| key.clone())
+            .collect();
+        for key in keys {
+            if let Some((&job, running)) = self.running.iter_mut().find(|(_, running)| running.key == key) {
+                running.cancelled = true;
+                // Lost only when the worker has ended; then it is cancelled there.
+                self.worker.send(ToWorker::Cancel { job });
+            } else {
+                self.queue.cancel(&key);
+                self.fail(&key, ErrorCode::Cancelled, "cancelled");
+            }
+        }
+    }
+}

@@ -1,0 +1,202 @@
+//! Work: accepted requests go to the worker, and what it says comes back.
+//!
+//! In: the queue, events of the worker. Out: frames for the worker, chunks, answers. When a worker ends, whatever it
+//! was doing is done again by the next one, a limited number of times.
+
+use std::time::Instant;
+
+use super::{MOST_ATTEMPTS, Running, SLOTS, Service};
+use crate::engine::{Finished, FromWorker, Job, ToWorker, sampler};
+use crate::journal::Key;
+use crate::journal::table::Stage;
+use crate::queue::{Next, Waiting};
+use crate::reply::{self, Stream};
+use crate::wire::{ErrorCode, Request};
+use crate::worker::Event as WorkerEvent;
+
+impl Service {
+    /// Gives the worker what it can take.
+    pub(super) fn dispatch(&mut self) {
+        while self.loaded && self.hashed && !self.draining && self.running.len() < SLOTS {
+            let waiting = match self.queue.pop(Instant::now()) {
+                None => return,
+                Some(Next::Expired(waiting)) => {
+                    self.fail(
+                        &waiting.key,
+                        ErrorCode::Expired,
+                        "the deadline passed before the work began",
+                    );
+                    continue;
+                }
+                Some(Next::Run(waiting)) => waiting,
+            };
+            let Some(Stage::Accepted(request)) = self.table.stage(&waiting.key) else {
+                continue;
+            };
+            let request = request.clone();
+            let job = self.number();
+            let frame = ToWorker::Run {
+                job,
+                request: Box::new(self.job(&request)),
+            };
+            if !self.worker.send(frame) {
+                self.queue.push(waiting, request.priority);
+                return;
+            }
+            let running = Running {
+                stream: Stream::of(&request),
+                key: waiting.key,
+                request,
+                since: waiting.since,
+                began: Instant::now(),
+                cancelled: false,
+            };
+            self.running.insert(job, running);
+        }
+    }
+
+    fn job(&self, request: &Request) -> Job {
+        let defaults = &self.config.sampling;
+        let sampling = &request.sampling;
+        Job {
+            messages: request.messages.clone(),
+            max_tokens: request.max_tokens,
+            stop: request.stop.clone(),
+            sampling: sampler::Settings {
+                temperature: sampling.temperature.unwrap_or(defaults.temperature),
+                top_p: sampling.top_p.unwrap_or(defaults.top_p),
+                top_k: sampling.top_k.unwrap_or(defaults.top_k),
+                min_p: sampling.min_p.unwrap_or(defaults.min_p),
+                seed: sampling.seed,
+            },
+        }
+    }
+
+    /// Something happened in the worker.
+    pub fn worker(&mut self, event: WorkerEvent) {
+        match event {
+            WorkerEvent::Started(pid) => {
+                self.worker_pid = Some(pid);
+                self.announce();
+            }
+            WorkerEvent::Ended { status } => self.worker_ended(&status),
+            WorkerEvent::Frame(frame) => self.frame(frame),
+        }
+    }
+
+    fn frame(&mut self, frame: FromWorker) {
+        match frame {
+            FromWorker::Ready(info) => {
+                tracing::info!(
+                    "model {} is loaded: {} {}, context {}, {} threads, {} ms",
+                    info.name,
+                    info.architecture,
+                    info.quantisation,
+                    info.context,
+                    info.threads,
+                    info.load_ms
+                );
+                self.author.model = info;
+                self.loaded = true;
+                self.unloadable = None;
+                self.publish_card();
+                self.announce();
+                self.dispatch();
+            }
+            FromWorker::Unloadable { message } => {
+                if self.unloadable.as_ref() != Some(&message) {
+                    tracing::error!("{message}");
+                    self.unloadable = Some(message);
+                }
+                self.announce();
+            }
+            FromWorker::Delta { job, text } => {
+                if let Some(stream) = self
+                    .running
+                    .get_mut(&job)
+                    .and_then(|running| running.stream.as_mut())
+                {
+                    stream.push(&text);
+                }
+                self.chunks();
+            }
+            FromWorker::Done { job, finished } => {
+                if let Some(running) = self.running.remove(&job) {
+                    self.finish(running, &finished);
+                }
+                self.dispatch();
+            }
+            FromWorker::Failed { job, code, message } => {
+                if let Some(running) = self.running.remove(&job) {
+                    self.fail(&running.key, code, &message);
+                }
+                self.dispatch();
+            }
+            FromWorker::Heartbeat => {}
+        }
+    }
+
+    fn worker_ended(&mut self, status: &str) {
+        self.worker_pid = None;
+        self.loaded = false;
+        if self.unloadable.is_none() {
+            self.counters.worker_ends += 1;
+            tracing::warn!("the worker ended ({status}); starting another");
+        }
+        let lost: Vec<Running> = self.running.drain().map(|(_, running)| running).collect();
+        for running in lost {
+            if running.cancelled {
+                self.fail(&running.key, ErrorCode::Cancelled, "cancelled");
+                continue;
+            }
+            let attempts = self.attempts.entry(running.key.clone()).or_insert(0);
+            *attempts += 1;
+            if *attempts >= MOST_ATTEMPTS {
+                let message = format!("the engine failed {attempts} times on this request ({status})");
+                self.fail(&running.key, ErrorCode::Internal, &message);
+                continue;
+            }
+            // Its work had begun in time: the deadline is met.
+            let waiting = Waiting {
+                key: running.key,
+                since: running.since,
+                deadline: None,
+            };
+            self.queue
+                .push(waiting, running.request.priority.saturating_add(1000));
+        }
+        self.announce();
+    }
+
+    fn finish(&mut self, running: Running, finished: &Finished) {
+        self.counters.answered += 1;
+        self.counters.prompt_tokens += u64::from(finished.prompt_tokens);
+        self.counters.completion_tokens += u64::from(finished.completion_tokens);
+        if finished.predicted_ms > 0.0 {
+            self.counters.tokens_per_second =
+                f64::from(finished.completion_tokens) * 1000.0 / finished.predicted_ms;
+        }
+        let queue_ms = (running.began - running.since).as_secs_f64() * 1000.0;
+        let mut answer = reply::completion(&self.author, &running.request, finished, queue_ms);
+        answer.fingerprint.clone_from(&running.request.fingerprint);
+        tracing::info!(
+            id = running.request.id,
+            prompt_tokens = finished.prompt_tokens,
+            completion_tokens = finished.completion_tokens,
+            ms = (finished.prompt_ms + finished.predicted_ms).round(),
+            "answered"
+        );
+        self.done(running.key, answer);
+    }
+
+    pub(super) fn fail(&mut self, key: &Key, code: ErrorCode, message: &str) {
+        let Some(Stage::Accepted(request)) = self.table.stage(key) else {
+            return;
+        };
+        self.counters.errors += 1;
+        let mut answer = reply::error(&request.reply, &request.id, code, message);
+        answer.fingerprint.clone_from(&request.fingerprint);
+        tracing::info!(id = request.id, code = code.as_str(), "not answered: {message}");
+        self.done(key.clone(), answer);
+    }
+}

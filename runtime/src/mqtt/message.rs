@@ -1,0 +1,126 @@
+//! What goes over the link, in our own words: options, messages both ways, events.
+
+use std::path::PathBuf;
+
+/// Where the broker is and how to greet it.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Host name or address.
+    pub host: String,
+    /// TCP port.
+    pub port: u16,
+    /// TLS; `Some(None)` trusts the system's authorities, `Some(Some(file))` those in a PEM file.
+    pub tls: Option<Option<PathBuf>>,
+    /// User and password.
+    pub login: Option<(String, String)>,
+    /// MQTT client id; the same one must not be used twice at a broker.
+    pub client_id: String,
+    /// Seconds that the broker keeps the session of a client that is away; 0 is a clean session.
+    pub session_expiry_s: u32,
+    /// Seconds between two signs of life.
+    pub keep_alive_s: u16,
+    /// Largest MQTT packet that is taken.
+    pub most_packet_bytes: u32,
+    /// Topic filters to subscribe, at QoS 1.
+    pub subscribe: Vec<String>,
+    /// Published, retained, by the broker when this client is gone.
+    pub will: Option<(String, Vec<u8>)>,
+}
+
+/// What goes wrong with the link before it starts.
+#[derive(Debug, thiserror::Error)]
+pub enum LinkError {
+    /// The PEM file cannot be read.
+    #[error("TLS authorities {path}: {source}; hint: --ca names a PEM file")]
+    Ca {
+        /// The file.
+        path: PathBuf,
+        /// The system's reason.
+        source: std::io::Error,
+    },
+    /// TLS cannot be set up.
+    #[error("TLS: {0}; hint: --ca names a PEM file with the broker's authority")]
+    Tls(String),
+}
+
+/// A message to publish.
+#[derive(Clone, Debug, Default)]
+pub struct Outgoing {
+    /// Topic.
+    pub topic: String,
+    /// Payload.
+    pub payload: Vec<u8>,
+    /// Keep it at the broker.
+    pub retain: bool,
+    /// QoS 1 with this number, reported by [`Event::Delivered`]; `None` is QoS 0 and may be dropped.
+    pub token: Option<u64>,
+    /// MQTT 5 Correlation Data.
+    pub correlation: Option<Vec<u8>>,
+    /// MQTT 5 Response Topic.
+    pub response_topic: Option<String>,
+    /// MQTT 5 Content Type.
+    pub content_type: Option<&'static str>,
+    /// MQTT 5 User Properties.
+    pub properties: Vec<(String, String)>,
+}
+
+/// A message that came.
+#[derive(Clone, Debug)]
+pub struct Incoming {
+    /// Topic.
+    pub topic: String,
+    /// Payload.
+    pub payload: Vec<u8>,
+    /// The broker kept it from before we subscribed.
+    pub retain: bool,
+    /// The broker may have sent it before.
+    pub duplicate: bool,
+    /// MQTT 5 Response Topic.
+    pub response_topic: Option<String>,
+    /// MQTT 5 Correlation Data.
+    pub correlation: Option<Vec<u8>>,
+    /// MQTT 5 Content Type.
+    pub content_type: Option<String>,
+    /// MQTT 5 Message Expiry Interval, seconds left.
+    pub expiry_s: Option<u32>,
+    /// To be acknowledged when the message is safe; `None` at QoS 0.
+    pub ack: Option<Ack>,
+}
+
+/// The right to acknowledge one message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Ack {
+    pub(super) epoch: u64,
+    pub(super) number: u64,
+}
+
+impl Ack {
+    /// Of which connection, counted from 1.
+    pub fn epoch(self) -> u64 {
+        self.epoch
+    }
+}
+
+/// What happens on the link.
+#[derive(Clone, Debug)]
+pub enum Event {
+    /// Connected and subscribed.
+    Connected {
+        /// Counts the connections.
+        epoch: u64,
+    },
+    /// Not connected; the link tries again.
+    Disconnected {
+        /// Why.
+        reason: String,
+    },
+    /// A message came.
+    Message(Box<Incoming>),
+    /// The broker has taken a message.
+    Delivered {
+        /// Its number.
+        token: u64,
+        /// Set when the broker refused it, for good.
+        refused: Option<String>,
+    },
+}
