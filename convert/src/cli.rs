@@ -81,8 +81,7 @@ pub(crate) fn main() -> ExitCode {
             ExitCode::SUCCESS
         }
         Err(e) => {
-            // Every error of the library says in its own text what caused it.
-            eprintln!("error: {e}");
+            eprintln!("error: {}", pipit_convert::report::describe(e.chain()));
             if bar::stopped() {
                 ExitCode::from(INTERRUPTED)
             } else {

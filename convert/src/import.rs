@@ -6,6 +6,7 @@
 
 mod safetensors_file;
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value as Json, json};
@@ -94,8 +95,8 @@ pub struct Imported {
 }
 
 /// One tensor on its way.
-struct Job<'a> {
-    rule: TensorRule,
+pub(crate) struct Job<'a> {
+    rule: &'a TensorRule,
     from: &'a TensorInfo,
 }
 
@@ -108,19 +109,9 @@ pub fn import(
 ) -> Result<Imported, ImportError> {
     let arch = arch::of_gguf(gguf.string("general.architecture")?)?;
     let mut config = (arch.config)(gguf)?;
-    let vocab = Vocab::from_gguf(gguf)?;
-    let jobs = jobs(gguf, arch, &config)?;
-    if config.get("vocab_size").and_then(Json::as_u64) != Some(vocab.tokens.len() as u64) {
-        return Err(ImportError::Tensor {
-            path: gguf.path().to_path_buf(),
-            tensor: "token_embd.weight".into(),
-            why: format!(
-                "it has {} rows, and there are {} tokens",
-                config["vocab_size"],
-                vocab.tokens.len()
-            ),
-        });
-    }
+    let vocab = vocab(gguf, &config)?;
+    let rules = (arch.tensors)(&config)?;
+    let jobs = check_tensors(gguf, arch, &config, &rules)?;
     let dtype = match kind {
         TensorType::F16 => "float16",
         TensorType::BF16 => "bfloat16",
@@ -156,7 +147,7 @@ pub fn import(
     for (name, text) in files {
         std::fs::write(dir.path().join(name), text).map_err(write)?;
     }
-    let total = jobs.iter().map(|job| bytes(&job.rule, kind)).sum();
+    let total = jobs.iter().map(|job| bytes(job.rule, kind)).sum();
     progress.start("importing", total);
     let shards = write_shards(gguf, &jobs, &dir, kind, progress, &write)?;
     let parameters = jobs.iter().map(|job| job.from.elements()).sum();
@@ -174,14 +165,32 @@ pub fn import(
     })
 }
 
+/// The vocabulary, which must have a token for every row of the embeddings.
+pub(crate) fn vocab(gguf: &Gguf, config: &Map<String, Json>) -> Result<Vocab, ImportError> {
+    let vocab = Vocab::from_gguf(gguf)?;
+    if config.get("vocab_size").and_then(Json::as_u64) == Some(vocab.tokens.len() as u64) {
+        return Ok(vocab);
+    }
+    Err(ImportError::Tensor {
+        path: gguf.path().to_path_buf(),
+        tensor: "token_embd.weight".into(),
+        why: format!(
+            "it has {} rows, and there are {} tokens",
+            config.get("vocab_size").unwrap_or(&Json::Null),
+            vocab.tokens.len()
+        ),
+    })
+}
+
 /// Pairs the tensors that the configuration promises with those of the file; the rest must be accounted for.
-fn jobs<'a>(
+pub(crate) fn check_tensors<'a>(
     gguf: &'a Gguf,
     arch: &'static arch::Architecture,
     config: &Map<String, Json>,
+    rules: &'a [TensorRule],
 ) -> Result<Vec<Job<'a>>, ImportError> {
     let mut jobs = Vec::new();
-    for rule in (arch.tensors)(config)? {
+    for rule in rules {
         let from = gguf.tensor(&rule.gguf).ok_or_else(|| GgufError::MissingTensor {
             path: gguf.path().to_path_buf(),
             tensor: rule.gguf.clone(),
@@ -200,7 +209,7 @@ fn jobs<'a>(
         if found != wanted {
             return Err(ImportError::Tensor {
                 path: gguf.path().to_path_buf(),
-                tensor: rule.gguf,
+                tensor: rule.gguf.clone(),
                 why: format!(
                     "its shape is {:?}, where the keys promise {dimensions:?}",
                     from.dimensions
@@ -213,12 +222,17 @@ fn jobs<'a>(
         .into_iter()
         .map(|tensor| tensor.gguf)
         .collect();
-    let known = |name: &str| jobs.iter().any(|job| job.rule.gguf == name) || extra.iter().any(|n| n == name);
+    let known: BTreeSet<&str> = rules
+        .iter()
+        .map(|rule| &rule.gguf)
+        .chain(&extra)
+        .map(String::as_str)
+        .collect();
     let names: Vec<_> = gguf
         .tensors()
         .iter()
         .map(|tensor| tensor.name.clone())
-        .filter(|name| !known(name))
+        .filter(|name| !known.contains(name.as_str()))
         .collect();
     if !names.is_empty() {
         return Err(ImportError::Unknown {
@@ -288,7 +302,7 @@ fn write_shards(
     let mut shards: Vec<Vec<&Job<'_>>> = vec![Vec::new()];
     let mut room = SHARD_BYTES;
     for job in jobs {
-        let size = bytes(&job.rule, kind);
+        let size = bytes(job.rule, kind);
         if size > room && shards.last().is_some_and(|shard| !shard.is_empty()) {
             shards.push(Vec::new());
             room = SHARD_BYTES;
@@ -320,7 +334,7 @@ fn write_shards(
         std::io::Write::flush(&mut file).map_err(write)?;
     }
     if shards.len() > 1 {
-        let total: u64 = jobs.iter().map(|job| bytes(&job.rule, kind)).sum();
+        let total: u64 = jobs.iter().map(|job| bytes(job.rule, kind)).sum();
         let index = json!({"metadata": {"total_size": total}, "weight_map": index});
         std::fs::write(
             dir.path().join("model.safetensors.index.json"),

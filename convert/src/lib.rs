@@ -14,4 +14,5 @@ pub mod model;
 pub mod output;
 pub mod progress;
 pub mod quantize;
+pub mod report;
 pub mod vocab;

@@ -1,20 +1,24 @@
-//! A checkpoint folder, with adapters merged into it, becomes a GGUF file.
+//! A checkpoint folder or a GGUF file, with adapters merged into it, becomes a GGUF file.
 //!
-//! Data in: a [`Checkpoint`] and LoRA adapters. Data out: a GGUF file whose tensors are bit for bit those of
+//! Data in: a [`SourceModel`] and LoRA adapters. Data out: a GGUF file whose tensors are bit for bit those of
 //! llama.cpp's own conversion. First comes a [`Plan`] (every tensor's name, type, shape and place), then the
 //! tensors are streamed through it in slabs of rows, so that memory does not grow with the model.
 
 mod metadata;
+mod source;
 mod stream;
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
+
+pub use source::SourceModel;
 
 use crate::arch::{self, ArchError, Architecture, RowOrder, TensorRule};
-use crate::checkpoint::{Checkpoint, CheckpointError};
+use crate::checkpoint::CheckpointError;
 use crate::gguf::{GgufError, Header, TensorPlan, TensorType};
+use crate::import::ImportError;
 use crate::merge::{Merge, MergeError, ScaledAdapter};
 use crate::quantize::QuantizeError;
-use crate::vocab::{Vocab, VocabError};
+use crate::vocab::VocabError;
 
 /// What can go wrong.
 #[derive(Debug, thiserror::Error)]
@@ -23,6 +27,9 @@ pub enum ModelError {
     /// The checkpoint cannot be read.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
+    /// The GGUF file that the model comes from cannot be used.
+    #[error(transparent)]
+    File(#[from] ImportError),
     /// The architecture is not built, or the configuration does not make sense.
     #[error("{path}: {source}")]
     Arch {
@@ -88,12 +95,12 @@ pub enum ModelError {
         source: std::io::Error,
     },
     /// The file cannot be written.
-    #[error("cannot write {path}: {why}")]
+    #[error("cannot write {path}: {source}")]
     Write {
         /// The file.
         path: PathBuf,
-        /// Why.
-        why: String,
+        /// What the system said.
+        source: std::io::Error,
     },
     /// The user asked to stop.
     #[error("interrupted; nothing was written")]
@@ -103,7 +110,7 @@ pub enum ModelError {
 /// All that is known before a tensor is touched.
 #[derive(Debug)]
 pub struct Plan<'a> {
-    checkpoint: &'a Checkpoint,
+    model: &'a SourceModel,
     merge: Merge<'a>,
     jobs: Vec<Job>,
     /// The header of the file.
@@ -159,17 +166,17 @@ impl<'a> Plan<'a> {
     /// Plans the file: reads configuration and vocabulary, and pairs every tensor of the checkpoint with its place.
     /// Matrices get the type `kind`, vectors F32.
     pub fn new(
-        checkpoint: &'a Checkpoint,
+        model: &'a SourceModel,
         adapters: &'a [ScaledAdapter],
         kind: TensorType,
     ) -> Result<Self, ModelError> {
-        let path = || checkpoint.dir().to_path_buf();
+        let path = || model.path().to_path_buf();
         let arch_error = |source| ModelError::Arch { path: path(), source };
-        let config = checkpoint.config();
+        let config = model.config();
         let arch = arch::of_config(config).map_err(arch_error)?;
         let rules = (arch.tensors)(config).map_err(arch_error)?;
-        check_tensors(checkpoint, arch, &rules)?;
-        let vocab = Vocab::from_folder(checkpoint.dir(), config)?;
+        model.check_tensors(arch, &rules)?;
+        let vocab = model.vocab()?;
         let merge = Merge::new(adapters, &rules)?;
         let mut jobs = Vec::new();
         for tensor in (arch.extra_tensors)(config).map_err(arch_error)? {
@@ -201,7 +208,7 @@ impl<'a> Plan<'a> {
             });
         }
         let parameters = jobs.iter().map(|job| (job.rows * job.columns) as u64).sum();
-        let mut keys = metadata::general(checkpoint, arch, kind, parameters)?;
+        let mut keys = metadata::general(model, arch, kind, parameters)?;
         keys.extend((arch.metadata)(config).map_err(arch_error)?);
         keys.extend(vocab.to_metadata());
         let tensors = jobs.iter().map(Job::plan).collect();
@@ -210,7 +217,7 @@ impl<'a> Plan<'a> {
             tensors,
         };
         Ok(Self {
-            checkpoint,
+            model,
             merge,
             jobs,
             header,
@@ -222,7 +229,7 @@ impl<'a> Plan<'a> {
     pub fn add_provenance(&mut self, adapters: &[ScaledAdapter]) -> Result<(), ModelError> {
         self.header
             .metadata
-            .extend(metadata::provenance(self.checkpoint, adapters)?);
+            .extend(metadata::provenance(self.model, adapters)?);
         Ok(())
     }
 
@@ -275,80 +282,4 @@ fn fitting(kind: TensorType, name: &str, columns: usize) -> TensorType {
         "{name} has rows of {columns} elements, no whole number of {kind} blocks: it is written as F16"
     );
     TensorType::F16
-}
-
-/// Every tensor that the rules name must be there in its shape, and no other may be.
-fn check_tensors(
-    checkpoint: &Checkpoint,
-    arch: &'static Architecture,
-    rules: &[TensorRule],
-) -> Result<(), ModelError> {
-    let path = || checkpoint.dir().to_path_buf();
-    let missing: Vec<_> = rules
-        .iter()
-        .filter(|rule| !checkpoint.contains(&rule.hf))
-        .map(|rule| rule.hf.clone())
-        .collect();
-    if !missing.is_empty() {
-        let hint = if missing == ["lm_head.weight"] {
-            "\nhint: if output and input embeddings are the same, config.json should say \"tie_word_embeddings\": true"
-        } else {
-            ""
-        };
-        return Err(ModelError::Missing {
-            path: path(),
-            arch: arch.name,
-            names: missing,
-            hint,
-        });
-    }
-    for rule in rules {
-        let found = checkpoint.tensor(&rule.hf)?.shape;
-        if found != rule.shape {
-            return Err(ModelError::Shape {
-                path: path(),
-                tensor: rule.hf.clone(),
-                found: found.to_vec(),
-                wanted: rule.shape.clone(),
-            });
-        }
-    }
-    let known = |name: &str| rules.iter().any(|rule| rule.hf == name);
-    let mut unknown = Vec::new();
-    for name in checkpoint.names().filter(|name| !known(name)) {
-        if !can_be_left_out(checkpoint, name)? {
-            unknown.push(name.to_owned());
-        }
-    }
-    if unknown.is_empty() {
-        return Ok(());
-    }
-    Err(ModelError::Unknown {
-        path: path(),
-        arch: arch.name,
-        names: unknown,
-    })
-}
-
-/// Tensors that say nothing new: frequencies that follow from the configuration, and a copy of tied embeddings.
-fn can_be_left_out(checkpoint: &Checkpoint, name: &str) -> Result<bool, ModelError> {
-    if name.ends_with(".rotary_emb.inv_freq") {
-        return Ok(true);
-    }
-    if name != "lm_head.weight" {
-        return Ok(false);
-    }
-    let (head, embeddings) = (
-        checkpoint.tensor(name)?,
-        checkpoint.tensor("model.embed_tokens.weight")?,
-    );
-    Ok(head.dtype == embeddings.dtype && head.bytes == embeddings.bytes)
-}
-
-/// The folder's own name, also for `.` and `dir/..`.
-fn folder_name(dir: &Path) -> String {
-    let whole = dir.canonicalize().unwrap_or_else(|_| dir.to_path_buf());
-    whole
-        .file_name()
-        .map_or_else(|| "model".into(), |name| name.to_string_lossy().into_owned())
 }

@@ -262,3 +262,45 @@ fn several_adapters_add_up() {
         }
     }
 }
+
+#[test]
+fn a_gguf_file_converts_as_the_checkpoint_that_it_was_made_of() {
+    let scratch = tempfile::tempdir().unwrap();
+    for (name, adapter) in [("tied", Some("rslora")), ("untied", None)] {
+        let adapters: Vec<_> = adapter
+            .iter()
+            .map(|adapter| ScaledAdapter {
+                adapter: PeftAdapter::open(&fixture("adapters").join(adapter)).unwrap(),
+                scale: 1.0,
+            })
+            .collect();
+        let file = scratch.path().join(format!("{name}.gguf"));
+        convert(&fixture(name), &[], TensorType::F32, &file).unwrap();
+        let direct = convert(
+            &fixture(name),
+            &adapters,
+            TensorType::Q8_0,
+            &scratch.path().join("a"),
+        )
+        .unwrap();
+        let through = convert(&file, &adapters, TensorType::Q8_0, &scratch.path().join("b")).unwrap();
+        for tensor in direct.tensors() {
+            let other = through.tensor(&tensor.name).unwrap();
+            assert!(
+                direct.data(tensor) == through.data(other),
+                "{name}: {}",
+                tensor.name
+            );
+        }
+        let keys = |gguf: &Gguf| -> BTreeMap<_, _> {
+            let of_model = gguf
+                .metadata()
+                .iter()
+                .filter(|(key, _)| !key.starts_with("pipit."));
+            of_model
+                .map(|(key, value)| (key.clone(), format!("{value:?}")))
+                .collect()
+        };
+        assert_eq!(keys(&direct), keys(&through));
+    }
+}

@@ -6,10 +6,9 @@ use std::time::Instant;
 
 use anyhow::bail;
 use pipit_convert::adapter::PeftAdapter;
-use pipit_convert::checkpoint::Checkpoint;
 use pipit_convert::gguf::TensorType;
 use pipit_convert::merge::ScaledAdapter;
-use pipit_convert::model::Plan;
+use pipit_convert::model::{Plan, SourceModel};
 use pipit_convert::quantize;
 use serde_json::json;
 
@@ -28,7 +27,7 @@ use super::{Context, check_output, size};
   pipit-convert model smollm2 --adapter style=0.5 --adapter run -t F16 -o mixed.gguf
   pipit-convert model smollm2 -t BF16 --dry-run")]
 pub(super) struct Args {
-    /// A Hugging Face checkpoint folder
+    /// A Hugging Face checkpoint folder, or a GGUF file (whose quantised weights are then rounded again)
     checkpoint: PathBuf,
     /// The file to write
     #[arg(short, long, value_name = "OUT.gguf", required_unless_present = "dry_run")]
@@ -73,19 +72,13 @@ pub(super) fn run(args: &Args, context: &Context) -> anyhow::Result<()> {
     {
         check_output(output, args.force)?;
     }
-    if args.checkpoint.is_file() {
-        bail!(
-            "{} is a file: converting from a GGUF file is not built yet\nhint: pipit-convert import {0} -o DIR makes a checkpoint of it",
-            args.checkpoint.display()
-        );
-    }
-    let checkpoint = Checkpoint::open(&args.checkpoint)?;
+    let model = SourceModel::open(&args.checkpoint)?;
     let adapters = args
         .adapters
         .iter()
         .map(|text| open_adapter(text))
         .collect::<anyhow::Result<Vec<_>>>()?;
-    let mut plan = Plan::new(&checkpoint, &adapters, args.kind)?;
+    let mut plan = Plan::new(&model, &adapters, args.kind)?;
     let Some(output) = args.output.as_ref().filter(|_| !args.dry_run) else {
         return print_plan(&plan, context);
     };

@@ -8,7 +8,8 @@ use rayon::prelude::*;
 use serde_json::{Map, Value as Json};
 use sha2::{Digest, Sha256};
 
-use super::{ModelError, folder_name};
+use super::source::Weights;
+use super::{ModelError, SourceModel};
 use crate::adapter::PeftAdapter;
 use crate::arch::Architecture;
 use crate::checkpoint::{Checkpoint, read_json_object};
@@ -25,9 +26,18 @@ fn file_type(kind: TensorType) -> u32 {
     }
 }
 
-/// `general.*`. The name is `_name_or_path`'s where that is a name, else the folder's.
+/// What a GGUF file says of how it is stored, rather than of the model.
+const OF_THE_FILE: &[&str] = &[
+    "general.architecture",
+    "general.type",
+    "general.file_type",
+    "general.quantization_version",
+    "general.alignment",
+];
+
+/// `general.*`: from a GGUF file all that it says of the model, from a folder what there is to find.
 pub(super) fn general(
-    checkpoint: &Checkpoint,
+    model: &SourceModel,
     arch: &Architecture,
     kind: TensorType,
     parameters: u64,
@@ -36,6 +46,23 @@ pub(super) fn general(
         ("general.architecture".into(), arch.name.into()),
         ("general.type".into(), "model".into()),
     ];
+    match &model.weights {
+        Weights::Folder(checkpoint) => keys.extend(of_folder(checkpoint, parameters)?),
+        Weights::File(gguf) => {
+            let said = gguf
+                .metadata()
+                .iter()
+                .filter(|(key, _)| key.starts_with("general.") && !OF_THE_FILE.contains(&key.as_str()));
+            keys.extend(said.cloned());
+        }
+    }
+    keys.push(("general.quantization_version".into(), Value::U32(2)));
+    keys.push(("general.file_type".into(), file_type(kind).into()));
+    Ok(keys)
+}
+
+fn of_folder(checkpoint: &Checkpoint, parameters: u64) -> Result<Vec<(String, Value)>, ModelError> {
+    let mut keys: Vec<(String, Value)> = Vec::new();
     let generation = checkpoint.dir().join("generation_config.json");
     if generation.is_file() {
         keys.extend(sampling(&read_json_object(&generation)?));
@@ -45,11 +72,10 @@ pub(super) fn general(
     if let Some(license) = license(checkpoint.dir())? {
         keys.push(("general.license".into(), license.into()));
     }
-    keys.push(("general.quantization_version".into(), Value::U32(2)));
-    keys.push(("general.file_type".into(), file_type(kind).into()));
     Ok(keys)
 }
 
+/// `_name_or_path` of config.json where that is a name, else the folder's name.
 fn name(checkpoint: &Checkpoint) -> String {
     let given = checkpoint.config().get("_name_or_path").and_then(Json::as_str);
     match given.filter(|name| !name.is_empty() && !name.starts_with('.') && name.matches('/').count() <= 1) {
@@ -147,16 +173,13 @@ fn size_label(parameters: u64) -> String {
 /// `pipit.*`: what the file was made of, so that it can be made again.
 ///
 /// - `pipit.version`: the version of this program
-/// - `pipit.source.files`, `pipit.source.sha256`: the files of the checkpoint and their checksums
+/// - `pipit.source.files`, `pipit.source.sha256`: the files of the model and their checksums
 /// - `pipit.adapter.files`, `pipit.adapter.sha256`, `pipit.adapter.scale`: the merged adapters, if any
 pub(super) fn provenance(
-    checkpoint: &Checkpoint,
+    model: &SourceModel,
     adapters: &[ScaledAdapter],
 ) -> Result<Vec<(String, Value)>, ModelError> {
-    let mut sources: Vec<PathBuf> = checkpoint.shard_paths().map(Path::to_path_buf).collect();
-    sources.push(checkpoint.dir().join("config.json"));
-    sources.push(checkpoint.dir().join("tokenizer.json"));
-    let (names, sums) = checksums(&sources)?;
+    let (names, sums) = checksums(&model.files())?;
     let mut keys: Vec<(String, Value)> = vec![
         ("pipit.version".into(), env!("CARGO_PKG_VERSION").into()),
         ("pipit.source.files".into(), names.into()),
@@ -210,6 +233,14 @@ fn checksum(path: &Path) -> std::io::Result<String> {
         }
     }
     Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+/// The folder's own name, also for `.` and `dir/..`.
+fn folder_name(dir: &Path) -> String {
+    let whole = dir.canonicalize().unwrap_or_else(|_| dir.to_path_buf());
+    whole
+        .file_name()
+        .map_or_else(|| "model".into(), |name| name.to_string_lossy().into_owned())
 }
 
 #[cfg(test)]

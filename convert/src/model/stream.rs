@@ -6,7 +6,6 @@ use std::path::Path;
 use rayon::prelude::*;
 
 use super::{Job, ModelError, Plan, Source};
-use crate::arch::RowOrder;
 use crate::gguf::{GgufError, Writer};
 use crate::output::OutputFile;
 use crate::progress::Progress;
@@ -18,16 +17,15 @@ const SLAB_ELEMENTS: usize = 1 << 19;
 impl Plan<'_> {
     /// Writes the file. It stands under its name when it is whole, and not at all otherwise.
     pub fn write(&self, path: &Path, progress: &dyn Progress) -> Result<u64, ModelError> {
-        let io = |e: std::io::Error| ModelError::Write {
+        let io = |source| ModelError::Write {
             path: path.to_path_buf(),
-            why: e.to_string(),
+            source,
         };
-        let format = |e: GgufError| ModelError::Write {
-            path: path.to_path_buf(),
-            why: match e {
-                GgufError::Write(e) => e.to_string(),
-                other => other.to_string(),
-            },
+        let format = |e: GgufError| {
+            io(match e {
+                GgufError::Write(e) => e,
+                other => std::io::Error::other(other),
+            })
         };
         let size = self.file_size().map_err(format)?;
         let mut output = OutputFile::create(path).map_err(io)?;
@@ -89,14 +87,7 @@ impl Plan<'_> {
                 values.copy_from_slice(&all[first * columns..][..n * columns])
             }
             Source::Checkpoint(rule) => {
-                let view = self.checkpoint.tensor(&rule.hf)?;
-                if rule.rows == RowOrder::Same {
-                    view.read_f32(first * columns, &mut values)?;
-                } else {
-                    for (row, values) in values.chunks_exact_mut(columns).enumerate() {
-                        view.read_f32(rule.rows.to_hf(first + row) * columns, values)?;
-                    }
-                }
+                self.model.read_rows(rule, first, columns, &mut values)?;
                 if self.merge.changes(&rule.hf) {
                     for (row, values) in values.chunks_exact_mut(columns).enumerate() {
                         self.merge

@@ -335,7 +335,10 @@ fn added_around(
             _ => return Err(at.unsupported(format!("the post_processor {part}"))),
         }
     }
-    Ok((around.0.or(flag("add_bos_token")), around.1.or(flag("add_eos_token"))))
+    Ok((
+        around.0.or(flag("add_bos_token")),
+        around.1.or(flag("add_eos_token")),
+    ))
 }
 
 /// transformers lets chat_template.jinja win over tokenizer_config.json; so do we, and say when they differ.

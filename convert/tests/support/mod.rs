@@ -6,10 +6,9 @@
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-use pipit_convert::checkpoint::Checkpoint;
 use pipit_convert::gguf::{Gguf, TensorType};
 use pipit_convert::merge::ScaledAdapter;
-use pipit_convert::model::{ModelError, Plan};
+use pipit_convert::model::{ModelError, Plan, SourceModel};
 use pipit_convert::progress::Silent;
 
 pub(crate) fn fixture(name: &str) -> PathBuf {
@@ -25,8 +24,8 @@ pub(crate) fn convert(
     kind: TensorType,
     out: &Path,
 ) -> Result<Gguf, ModelError> {
-    let checkpoint = Checkpoint::open(dir)?;
-    let mut plan = Plan::new(&checkpoint, adapters, kind)?;
+    let model = SourceModel::open(dir)?;
+    let mut plan = Plan::new(&model, adapters, kind)?;
     plan.add_provenance(adapters)?;
     let size = plan.write(out, &Silent)?;
     let gguf = Gguf::open(out).unwrap();

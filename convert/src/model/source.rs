@@ -1,0 +1,221 @@
+//! Where a model comes from: a checkpoint folder, or a GGUF file (whose blocks become numbers again).
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+use serde_json::{Map, Value as Json};
+
+use super::ModelError;
+use crate::arch::{self, Architecture, RowOrder, TensorRule};
+use crate::checkpoint::Checkpoint;
+use crate::gguf::{Gguf, TensorType};
+use crate::import;
+use crate::quantize;
+use crate::vocab::Vocab;
+
+/// An opened model: its configuration, and weights that stay on disk until they are asked for.
+#[derive(Debug)]
+pub struct SourceModel {
+    path: PathBuf,
+    config: Map<String, Json>,
+    pub(super) weights: Weights,
+}
+
+#[derive(Debug)]
+pub(super) enum Weights {
+    Folder(Checkpoint),
+    File(Gguf),
+}
+
+impl SourceModel {
+    /// Opens a checkpoint folder, or a GGUF file.
+    pub fn open(path: &Path) -> Result<Self, ModelError> {
+        if !path.is_file() {
+            let checkpoint = Checkpoint::open(path)?;
+            let config = checkpoint.config().clone();
+            return Ok(Self {
+                path: path.to_path_buf(),
+                config,
+                weights: Weights::Folder(checkpoint),
+            });
+        }
+        let gguf = Gguf::open(path).map_err(import::ImportError::from)?;
+        let name = gguf
+            .string("general.architecture")
+            .map_err(import::ImportError::from)?;
+        let config = arch::of_gguf(name).and_then(|arch| (arch.config)(&gguf));
+        let config = config.map_err(|source| ModelError::Arch {
+            path: path.to_path_buf(),
+            source,
+        })?;
+        Ok(Self {
+            path: path.to_path_buf(),
+            config,
+            weights: Weights::File(gguf),
+        })
+    }
+
+    /// The folder or file.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// `config.json`, or what it would be.
+    pub fn config(&self) -> &Map<String, Json> {
+        &self.config
+    }
+
+    pub(super) fn vocab(&self) -> Result<Vocab, ModelError> {
+        Ok(match &self.weights {
+            Weights::Folder(checkpoint) => Vocab::from_folder(checkpoint.dir(), &self.config)?,
+            Weights::File(gguf) => import::vocab(gguf, &self.config)?,
+        })
+    }
+
+    /// The files that the model is made of.
+    pub(super) fn files(&self) -> Vec<PathBuf> {
+        match &self.weights {
+            Weights::File(_) => vec![self.path.clone()],
+            Weights::Folder(checkpoint) => {
+                let mut files: Vec<_> = checkpoint.shard_paths().map(Path::to_path_buf).collect();
+                files.push(self.path.join("config.json"));
+                files.push(self.path.join("tokenizer.json"));
+                files
+            }
+        }
+    }
+
+    /// Every tensor that the rules name must be there in its shape, and no other may be.
+    pub(super) fn check_tensors(
+        &self,
+        arch: &'static Architecture,
+        rules: &[TensorRule],
+    ) -> Result<(), ModelError> {
+        match &self.weights {
+            Weights::Folder(checkpoint) => check_folder(checkpoint, arch, rules),
+            Weights::File(gguf) => {
+                import::check_tensors(gguf, arch, &self.config, rules)?;
+                let quantised = |kind| ![TensorType::F32, TensorType::F16, TensorType::BF16].contains(&kind);
+                if let Some(tensor) = gguf.tensors().iter().find(|tensor| quantised(tensor.kind)) {
+                    tracing::warn!(
+                        "{} is quantised already ({} is {}): its weights are rounded a second time",
+                        self.path.display(),
+                        tensor.name,
+                        tensor.kind
+                    );
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// Rows of a tensor in the order of the GGUF file, `columns` elements each, from row `first` on.
+    pub(super) fn read_rows(
+        &self,
+        rule: &TensorRule,
+        first: usize,
+        columns: usize,
+        values: &mut [f32],
+    ) -> Result<(), ModelError> {
+        match &self.weights {
+            Weights::Folder(checkpoint) => {
+                let view = checkpoint.tensor(&rule.hf)?;
+                if rule.rows == RowOrder::Same {
+                    return Ok(view.read_f32(first * columns, values)?);
+                }
+                for (row, values) in values.chunks_exact_mut(columns).enumerate() {
+                    view.read_f32(rule.rows.to_hf(first + row) * columns, values)?;
+                }
+                Ok(())
+            }
+            Weights::File(gguf) => {
+                let failed = |source| ModelError::Quantize {
+                    tensor: rule.gguf.clone(),
+                    source,
+                };
+                let short = || {
+                    failed(quantize::QuantizeError::Row {
+                        row: columns,
+                        kind: "the file",
+                    })
+                };
+                let tensor = gguf.tensor(&rule.gguf).ok_or_else(short)?;
+                let row = tensor.kind.row_bytes(columns as u64).ok_or_else(short)? as usize;
+                let n = values.len() / columns.max(1);
+                let data = gguf
+                    .data(tensor)
+                    .get(first * row..(first + n) * row)
+                    .ok_or_else(short)?;
+                quantize::dequantize(tensor.kind, data, columns, values).map_err(failed)
+            }
+        }
+    }
+}
+
+/// Every tensor that the rules name must be there in its shape, and no other may be.
+fn check_folder(
+    checkpoint: &Checkpoint,
+    arch: &'static Architecture,
+    rules: &[TensorRule],
+) -> Result<(), ModelError> {
+    let path = || checkpoint.dir().to_path_buf();
+    let missing: Vec<_> = rules
+        .iter()
+        .filter(|rule| !checkpoint.contains(&rule.hf))
+        .map(|rule| rule.hf.clone())
+        .collect();
+    if !missing.is_empty() {
+        let hint = if missing == ["lm_head.weight"] {
+            "\nhint: if output and input embeddings are the same, config.json should say \"tie_word_embeddings\": true"
+        } else {
+            ""
+        };
+        return Err(ModelError::Missing {
+            path: path(),
+            arch: arch.name,
+            names: missing,
+            hint,
+        });
+    }
+    for rule in rules {
+        let found = checkpoint.tensor(&rule.hf)?.shape;
+        if found != rule.shape {
+            return Err(ModelError::Shape {
+                path: path(),
+                tensor: rule.hf.clone(),
+                found: found.to_vec(),
+                wanted: rule.shape.clone(),
+            });
+        }
+    }
+    let known: BTreeSet<&str> = rules.iter().map(|rule| rule.hf.as_str()).collect();
+    let mut unknown = Vec::new();
+    for name in checkpoint.names().filter(|name| !known.contains(name)) {
+        if !can_be_left_out(checkpoint, name)? {
+            unknown.push(name.to_owned());
+        }
+    }
+    if unknown.is_empty() {
+        return Ok(());
+    }
+    Err(ModelError::Unknown {
+        path: path(),
+        arch: arch.name,
+        names: unknown,
+    })
+}
+
+/// Tensors that say nothing new: frequencies that follow from the configuration, and a copy of tied embeddings.
+fn can_be_left_out(checkpoint: &Checkpoint, name: &str) -> Result<bool, ModelError> {
+    if name.ends_with(".rotary_emb.inv_freq") {
+        return Ok(true);
+    }
+    if name != "lm_head.weight" {
+        return Ok(false);
+    }
+    let (head, embeddings) = (
+        checkpoint.tensor(name)?,
+        checkpoint.tensor("model.embed_tokens.weight")?,
+    );
+    Ok(head.dtype == embeddings.dtype && head.bytes == embeddings.bytes)
+}
