@@ -88,6 +88,30 @@ fn a_checkpoint_goes_to_gguf_and_back_unchanged() {
 }
 
 #[test]
+fn the_number_of_threads_changes_no_byte() {
+    let scratch = tempfile::tempdir().unwrap();
+    let (base, adapter) = (fixture("tied"), fixture("adapters/plain"));
+    let bytes = ["1", "3"].map(|threads| {
+        let out = scratch.path().join(threads);
+        let output = Command::new(env!("CARGO_BIN_EXE_pipit-convert"))
+            .args([
+                "model",
+                text(&base),
+                "--adapter",
+                text(&adapter),
+                "-o",
+                text(&out),
+            ])
+            .env("RAYON_NUM_THREADS", threads)
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{}", stderr(&output));
+        std::fs::read(&out).unwrap()
+    });
+    assert!(bytes[0] == bytes[1]);
+}
+
+#[test]
 fn an_existing_result_stays_without_force() {
     let scratch = tempfile::tempdir().unwrap();
     let out = scratch.path().join("out.gguf");
