@@ -134,11 +134,11 @@ pub async fn serve(
             },
             commit = commits.recv() => match commit {
                 Some(commit) => service.committed(&commit),
-                None => break,
+                None => return Err(std::io::Error::other("the journal's thread ended").into()),
             },
             event = worker_events.recv() => match event {
                 Some(event) => service.worker(event),
-                None => break,
+                None => return Err(std::io::Error::other("the worker's supervisor ended").into()),
             },
             result = &mut hashing, if !hashed => {
                 hashed = true;

@@ -46,6 +46,8 @@ const CHANNEL: usize = 256;
 /// Waits between two attempts to connect.
 const FIRST_WAIT: Duration = Duration::from_millis(200);
 const LONGEST_WAIT: Duration = Duration::from_secs(30);
+/// A connection that lasted this long was a good one: the next wait is a short one again.
+const STABLE: Duration = Duration::from_secs(3);
 
 enum Command {
     Publish(Outgoing),
@@ -89,11 +91,9 @@ impl Link {
         self.commands.try_send(Command::Publish(message)).is_ok()
     }
 
-    /// Acknowledges a message. One that is lost is no harm: the broker sends the message again.
-    pub fn ack(&self, ack: Ack) {
-        if self.commands.try_send(Command::Ack(ack)).is_err() {
-            tracing::warn!("an acknowledgement found no room");
-        }
+    /// Acknowledges a message. False when there is no room: it must be given again, because the ones after it wait.
+    pub fn ack(&self, ack: Ack) -> bool {
+        self.commands.try_send(Command::Ack(ack)).is_ok()
     }
 
     /// Ends the link with a DISCONNECT; the will is not published.
@@ -172,7 +172,7 @@ impl Task {
                     }
                 }
             }
-            if before.elapsed() > LONGEST_WAIT {
+            if before.elapsed() > STABLE {
                 wait = FIRST_WAIT;
             }
             // Half of it by chance, so that a fleet does not come back all at once.

@@ -13,7 +13,7 @@ const EXAMPLES: &str = "\
 Examples:
   pipit serve --model model.gguf
   pipit serve --model model.gguf --broker mqtt://broker.local:1883 --device kitchen
-  pipit serve --config /etc/pipit/pipit.toml
+  pipit serve --config /etc/pipit/config.toml
 
 Without --broker an embedded MQTT broker listens on 127.0.0.1:1883. Answers go to the device's own res/ topics and,
 where a client asks for it, under reply/ ([reply] prefixes allows others).";

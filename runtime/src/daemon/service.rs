@@ -32,6 +32,8 @@ mod work;
 const SLOTS: usize = 1;
 /// Final answers that may wait for the broker's PUBACK at a time; the others wait in the table.
 const WINDOW: usize = 32;
+/// Refusals that may wait for a PUBACK; beyond it they go out at QoS 0, so that a flood of bad requests takes no memory.
+const REFUSALS: usize = 128;
 /// A request that has ended the worker this often is answered with an error.
 const MOST_ATTEMPTS: u32 = 3;
 /// The journal is written anew when it is this large and less than half of it counts.
@@ -82,6 +84,8 @@ pub struct Service {
     unpublished: VecDeque<(Key, Option<Vec<u8>>)>,
     /// Entries that a redelivered message without an id was recognised as, in this epoch.
     recognised: (u64, HashSet<Key>),
+    /// Acknowledgements that found no room in the link.
+    acks: VecDeque<Ack>,
     last_number: u64,
     journal_bytes: u64,
     worker_pid: Option<u32>,
@@ -139,6 +143,7 @@ impl Service {
             on_delivery: HashMap::new(),
             unpublished: VecDeque::new(),
             recognised: (0, HashSet::new()),
+            acks: VecDeque::new(),
             last_number: 0,
             journal_bytes,
             worker_pid: None,
@@ -384,6 +389,7 @@ impl Service {
                 "the deadline passed before the work began",
             );
         }
+        self.ack(None);
         self.publish_answers();
         self.dispatch();
         self.evict();
@@ -520,9 +526,13 @@ impl Service {
         given
     }
 
-    fn ack(&self, ack: Option<Ack>) {
-        if let Some(ack) = ack {
-            self.link.ack(ack);
+    /// Acknowledges a message now or, when the link has no room, at the next tick: the ones after it wait for it.
+    fn ack(&mut self, ack: Option<Ack>) {
+        self.acks.extend(ack);
+        while let Some(&ack) = self.acks.front()
+            && self.link.ack(ack)
+        {
+            self.acks.pop_front();
         }
     }
 

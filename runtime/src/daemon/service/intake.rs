@@ -5,7 +5,7 @@
 
 use std::collections::HashSet;
 
-use super::{OnCommit, OnDelivery, Service};
+use super::{OnCommit, OnDelivery, REFUSALS, Service};
 use crate::clock::unix_ms;
 use crate::engine::ToWorker;
 use crate::journal::table::Stage;
@@ -161,14 +161,16 @@ impl Service {
         self.counters.errors += 1;
         let token = self.number();
         let correlation = answer.reply.correlation.clone();
-        if self
-            .link
-            .publish(reply::message(&self.author, answer, correlation, token))
-        {
-            self.on_delivery.insert(token, OnDelivery::Nothing);
-            self.ack(ack);
+        let mut message = reply::message(&self.author, answer, correlation, token);
+        if self.on_delivery.len() < REFUSALS {
+            if self.link.publish(message) {
+                self.on_delivery.insert(token, OnDelivery::Nothing);
+            }
+        } else {
+            message.token = None;
+            self.link.publish(message);
         }
-        // Without room it is not acknowledged, and comes again in the next connection.
+        self.ack(ack);
     }
 
     fn cancel(&mut self, payload: &[u8]) {
