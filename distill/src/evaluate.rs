@@ -14,6 +14,8 @@ use crate::rollout::{Stop, greedy};
 /// Sums over some rows.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct Score {
+    /// Rows.
+    pub rows: usize,
     /// Σ −log p over the answers' tokens, in nats.
     pub loss_sum: f64,
     /// The number of those tokens.
@@ -27,6 +29,8 @@ pub struct Score {
 /// A score as it is shown.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Figures {
+    /// Rows that were scored.
+    pub rows: usize,
     /// Nats a token; null without tokens.
     pub loss: Option<f64>,
     /// e to the loss.
@@ -44,6 +48,7 @@ pub struct Figures {
 impl Score {
     /// Adds the sums of other rows.
     pub fn add(&mut self, other: &Self) {
+        self.rows += other.rows;
         self.loss_sum += other.loss_sum;
         self.tokens += other.tokens;
         self.exact += other.exact;
@@ -54,6 +59,7 @@ impl Score {
     pub fn figures(&self) -> Figures {
         let loss = (self.tokens > 0).then(|| self.loss_sum / self.tokens as f64);
         Figures {
+            rows: self.rows,
             loss,
             perplexity: loss.map(f64::exp),
             exact_match: (self.answered > 0).then(|| self.exact as f64 / self.answered as f64),
@@ -167,12 +173,14 @@ mod tests {
     #[test]
     fn perplexity_is_over_tokens() {
         let mut score = Score {
+            rows: 1,
             loss_sum: 2.0,
             tokens: 4,
             exact: 1,
             answered: 1,
         };
         score.add(&Score {
+            rows: 1,
             loss_sum: 4.0,
             tokens: 2,
             exact: 0,

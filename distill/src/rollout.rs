@@ -3,6 +3,7 @@
 use candle_core::Result;
 
 use crate::batch::Batch;
+use crate::data::Prompt;
 use crate::model::ops::with_elements;
 use crate::model::{KvCache, Llama};
 
@@ -13,6 +14,18 @@ pub struct Stop<'a> {
     pub eos: &'a [u32],
     /// The most tokens of an answer.
     pub max_new_tokens: usize,
+}
+
+impl<'a> Stop<'a> {
+    /// At most `wanted` tokens, and no more than fit behind the longest of the prompts into a model that knows
+    /// `longest` positions.
+    pub fn within(eos: &'a [u32], wanted: usize, longest: usize, prompts: &[Prompt]) -> Self {
+        let prompt = prompts.iter().map(|prompt| prompt.ids.len()).max().unwrap_or(0);
+        Self {
+            eos,
+            max_new_tokens: wanted.min(longest.saturating_sub(prompt)),
+        }
+    }
 }
 
 /// The most probable answer to each prompt, token by token. A prompt must have at least one token.

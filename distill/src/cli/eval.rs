@@ -118,6 +118,7 @@ fn evaluate(args: &Args, output: Output, stop: &AtomicBool) -> anyhow::Result<()
         }
         let mut scores = vec![Score::default(); part.len()];
         for (score, (sample, _)) in scores.iter_mut().zip(part) {
+            score.rows = 1;
             score.loss_sum = loss_sum(&model, &[sample])?;
             score.tokens = sample.labels.iter().skip(1).filter(|label| **label >= 0).count();
         }
@@ -125,16 +126,13 @@ fn evaluate(args: &Args, output: Output, stop: &AtomicBool) -> anyhow::Result<()
         for (i, (_, row)) in part.iter().enumerate().filter(|_| !args.no_generate) {
             match encoder.prompt(&args.data, row)? {
                 Some(prompt) if prompt.ids.is_empty() => {}
-                Some(prompt) if prompt.ids.len() + args.max_new_tokens > longest => too_long += 1,
+                Some(prompt) if prompt.ids.len() >= longest => too_long += 1,
                 Some(prompt) => prompts.push((i, prompt)),
                 None => {}
             }
         }
         let (places, prompts): (Vec<usize>, Vec<Prompt>) = prompts.into_iter().unzip();
-        let stop = Stop {
-            eos: encoder.eos(),
-            max_new_tokens: args.max_new_tokens,
-        };
+        let stop = Stop::within(encoder.eos(), args.max_new_tokens, longest, &prompts);
         for (i, answer) in places
             .into_iter()
             .zip(answers(&model, &prompts, &stop, |ids| encoder.decode(ids))?)
@@ -163,9 +161,7 @@ fn evaluate(args: &Args, output: Output, stop: &AtomicBool) -> anyhow::Result<()
     }
     bar.finish_and_clear();
     if too_long > 0 && !output.quiet {
-        eprintln!(
-            "warning: {too_long} rows have no answer: prompt and answer would be longer than the model's {longest} tokens"
-        );
+        eprintln!("warning: {too_long} rows have no answer: the prompt fills the model's {longest} tokens");
     }
     print(args, output, &table, &report)
 }
@@ -179,13 +175,13 @@ fn print(args: &Args, output: Output, table: &Table, report: &crate::data::DataR
         if let serde_json::Value::Object(figures) = json!(table.all.figures()) {
             json.extend(figures);
         }
-        if let Some(column) = &args.by {
+        if args.by.is_some() {
             let by: Map<_, _> = table
                 .by
                 .iter()
                 .map(|(value, score)| (value.clone(), json!(score.figures())))
                 .collect();
-            json.insert("by".into(), json!({ column: by }));
+            json.insert("by".into(), json!(by));
         }
         println!("{}", serde_json::Value::Object(json));
         return Ok(());

@@ -75,7 +75,7 @@ options! {
     eval_data: PathBuf = PathBuf::new(), "Rows to evaluate on";
     eval_steps: usize = 0, "An evaluation every so many steps; one at the end is always made";
     max_eval_samples: usize = 100, "The most rows of --eval-data that are used [default: 100]";
-    max_length: usize = 1024, "Longer sequences are cut to so many tokens, and reported [default: 1024]";
+    max_length: usize = 0, "Longer sequences are cut to so many tokens, and reported [default: 1024, or what the model knows]";
     r: usize = 8, "The rank of the adapters [default: 8]";
     lora_alpha: f64 = 16.0, "The adapters' scale is this through r [default: 16]";
     lora_dropout: f64 = 0.0, "The chance with which an adapter's input is dropped [default: 0]";
@@ -170,7 +170,7 @@ impl SftConfig {
                 return usage(format!("{flag} is {value}, which is out of range"));
             }
         }
-        if self.max_length < 2 {
+        if self.max_length == 1 {
             return usage(
                 "--max-length must be at least 2: a token is predicted from the one before it".into(),
             );

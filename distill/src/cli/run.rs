@@ -8,6 +8,17 @@ use anyhow::Context as _;
 use pipit_convert::output::OutputDir;
 use serde::Serialize;
 
+/// Refuses a folder that exists: it may be the work of hours.
+pub(super) fn refuse_existing(path: &Path) -> anyhow::Result<()> {
+    if path.exists() {
+        anyhow::bail!(
+            "{} exists already\nhint: name another folder with -o, or remove it first",
+            path.display()
+        );
+    }
+    Ok(())
+}
+
 /// A run's folder while it is being made: `config.resolved.toml`, `metrics.jsonl`, `samples.jsonl`,
 /// `summary.json` and the result.
 #[derive(Debug)]
@@ -17,14 +28,9 @@ pub(super) struct RunDir {
 }
 
 impl RunDir {
-    /// Starts the folder. A folder that exists is refused: it may be the work of hours.
+    /// Starts the folder, which must not exist.
     pub(super) fn create(path: &Path, config: &impl Serialize) -> anyhow::Result<Self> {
-        if path.exists() {
-            anyhow::bail!(
-                "{} exists already\nhint: name another folder with -o, or remove it first",
-                path.display()
-            );
-        }
+        refuse_existing(path)?;
         let cannot = || format!("cannot make {}", path.display());
         let dir = OutputDir::create(path).with_context(cannot)?;
         let text = toml::to_string(config).with_context(cannot)?;

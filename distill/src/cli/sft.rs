@@ -10,7 +10,7 @@ use serde::Serialize;
 use serde_json::json;
 
 use super::options::{Method, SftConfig, SftOptions, read_toml};
-use super::run::RunDir;
+use super::run::{RunDir, refuse_existing};
 use super::{Output, UsageError, refuse_gguf};
 use crate::adapter::{self, LoraOptions};
 use crate::data::{DataReport, Encoder, Prompt, ReadRow, Sample, read_rows};
@@ -79,18 +79,20 @@ pub fn run(args: Args, output: Output) -> anyhow::Result<()> {
         .map(read_toml)
         .transpose()?
         .unwrap_or_default();
-    let config = args.options.resolve(file);
+    let mut config = args.options.resolve(file);
     config.check()?;
     let stop = Arc::new(AtomicBool::new(false));
     let on_signal = stop.clone();
     ctrlc::set_handler(move || on_signal.store(true, Ordering::Relaxed))
         .context("cannot watch for Ctrl-C")?;
-    with_deep_stack(|| sft(&config, output, &stop)).context("cannot start a thread")?
+    with_deep_stack(|| sft(&mut config, output, &stop)).context("cannot start a thread")?
 }
 
-fn sft(config: &SftConfig, output: Output, stop: &AtomicBool) -> anyhow::Result<()> {
-    let mut run = RunDir::create(&config.output_dir, config)?;
+fn sft(config: &mut SftConfig, output: Output, stop: &AtomicBool) -> anyhow::Result<()> {
+    refuse_existing(&config.output_dir)?;
     let prepared = prepare(config, output)?;
+    let config = &*config;
+    let mut run = RunDir::create(&config.output_dir, config)?;
     let Prepared { model, encoder, .. } = &prepared;
     let options = train_options(config, prepared.samples.len());
     let trained: usize = model.trained().iter().map(|(_, var)| var.elem_count()).sum();
@@ -131,14 +133,14 @@ fn sft(config: &SftConfig, output: Output, stop: &AtomicBool) -> anyhow::Result<
             Event::Metrics(metrics) => {
                 if plain {
                     eprintln!(
-                        "step {}/{}  loss {:.4}  lr {:.2e}  grad {:.3}  {:.0} tokens/s  {:.0} s",
+                        "step {}/{}  loss {:.4}  lr {:.2e}  grad {:.3}  {:.0} tokens/s  eta {:.0} s",
                         metrics.step,
                         options.steps,
                         metrics.loss,
                         metrics.learning_rate,
                         metrics.grad_norm,
                         metrics.tokens_per_second,
-                        metrics.seconds
+                        metrics.seconds / metrics.step as f64 * (options.steps - metrics.step) as f64
                     );
                 }
                 record(&mut written, run.metrics(&metrics));
@@ -164,13 +166,11 @@ fn sft(config: &SftConfig, output: Output, stop: &AtomicBool) -> anyhow::Result<
         Err(error) => return Err(save_bad_batch(config, error)),
     };
 
+    let longest = model.config().max_position_embeddings;
     let samples: Vec<Answer> = answers(
         model,
         &prepared.prompts,
-        &Stop {
-            eos: encoder.eos(),
-            max_new_tokens: SAMPLE_TOKENS,
-        },
+        &Stop::within(encoder.eos(), SAMPLE_TOKENS, longest, &prepared.prompts),
         |ids| encoder.decode(ids),
     )?;
     run.samples(&samples).with_context(cannot)?;
@@ -218,7 +218,7 @@ fn record(kept: &mut std::io::Result<()>, new: std::io::Result<()>) {
     }
 }
 
-fn prepare(config: &SftConfig, output: Output) -> anyhow::Result<Prepared> {
+fn prepare(config: &mut SftConfig, output: Output) -> anyhow::Result<Prepared> {
     refuse_gguf(&config.model)?;
     let mut model = Llama::open(&config.model, config.method == Method::Full)?;
     let adapter = match config.method {
@@ -241,6 +241,9 @@ fn prepare(config: &SftConfig, output: Output) -> anyhow::Result<Prepared> {
         }
     };
     let longest = model.config().max_position_embeddings;
+    if config.max_length == 0 {
+        config.max_length = longest.min(1024);
+    }
     if config.max_length > longest {
         anyhow::bail!(UsageError::Usage(format!(
             "--max-length is {}, but the model was made for {longest} tokens (max_position_embeddings)",
@@ -261,7 +264,7 @@ fn prepare(config: &SftConfig, output: Output) -> anyhow::Result<Prepared> {
         )?;
         for row in rows.iter().flatten() {
             let prompt = encoder.prompt(path, row)?.filter(|prompt| !prompt.ids.is_empty());
-            prompts.extend(prompt.filter(|prompt| prompt.ids.len() + SAMPLE_TOKENS <= longest));
+            prompts.extend(prompt.filter(|prompt| prompt.ids.len() < longest));
             if prompts.len() == SAMPLES {
                 break;
             }

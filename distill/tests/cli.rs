@@ -1,0 +1,451 @@
+//! The program itself on the tiny model: a run, the same run again, evaluation, and bad input.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use tokenizers::models::wordlevel::WordLevel;
+use tokenizers::pre_tokenizers::whitespace::WhitespaceSplit;
+use tokenizers::{AddedToken, Tokenizer};
+
+fn fixture(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/fixtures")
+        .join(name)
+}
+
+/// The tiny model with a tokenizer of 256 words and a chat template.
+struct Workplace {
+    dir: TempDir,
+}
+
+impl Workplace {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let model = dir.path().join("model");
+        fs::create_dir(&model).unwrap();
+        for name in ["config.json", "generation_config.json", "model.safetensors"] {
+            fs::copy(fixture("tiny-tied").join(name), model.join(name)).unwrap();
+        }
+        let special = ["<unk>", "<bos>", "<end>", "<user>", "<bot>"];
+        let words = special
+            .into_iter()
+            .map(str::to_owned)
+            .chain((5..256).map(|i| format!("w{i}")));
+        let vocab = words.enumerate().map(|(id, word)| (word, id as u32)).collect();
+        let words = WordLevel::builder()
+            .vocab(vocab)
+            .unk_token("<unk>".into())
+            .build()
+            .unwrap();
+        let mut tokenizer = Tokenizer::new(words);
+        tokenizer.with_pre_tokenizer(Some(WhitespaceSplit));
+        tokenizer
+            .add_special_tokens(special.map(|token| AddedToken::from(token, true)))
+            .unwrap();
+        tokenizer.save(model.join("tokenizer.json"), false).unwrap();
+        let template = "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}\
+            {{ '<user> ' if m.role == 'user' else '<bot> ' }}{{ m.content }} <end>\n{% endfor %}\
+            {% if add_generation_prompt %}<bot> {% endif %}";
+        fs::write(model.join("chat_template.jinja"), template).unwrap();
+        let place = Self { dir };
+        // Eight questions with an answer each.
+        let rows: Vec<Value> = (0..8)
+            .map(|i| {
+                let content = |from: u32, count: u32| {
+                    (0..count)
+                        .map(|k| format!("w{}", 5 + (from + 7 * k) % 250))
+                        .collect::<Vec<_>>()
+                        .join(" ")
+                };
+                json!({"language": if i % 2 == 0 { "nl" } else { "fr" }, "messages": [
+                    {"role": "user", "content": content(31 * i, 3 + i % 3)},
+                    {"role": "assistant", "content": content(17 * i + 100, 2 + i % 4)}]})
+            })
+            .collect();
+        place.write("train.jsonl", &rows);
+        place
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn write(&self, name: &str, rows: &[Value]) {
+        let text: String = rows.iter().map(|row| format!("{row}\n")).collect();
+        fs::write(self.path(name), text).unwrap();
+    }
+
+    fn run(&self, args: &[&str]) -> Output {
+        Command::new(env!("CARGO_BIN_EXE_pipit-distill"))
+            .args(args)
+            .current_dir(self.dir.path())
+            .output()
+            .unwrap()
+    }
+
+    fn sft(&self, run: &str, more: &[&str]) -> Output {
+        let mut args = vec![
+            "sft",
+            "--model",
+            "model",
+            "--data",
+            "train.jsonl",
+            "-o",
+            run,
+            "--learning-rate",
+            "1e-2",
+        ];
+        args.extend(more);
+        self.run(&args)
+    }
+
+    /// Runs and expects this exit code, this text on standard error, and nothing left behind.
+    fn refused(&self, code: i32, text: &str, output: &Output) {
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(code), "{error}");
+        assert!(error.contains(text), "{text:?} is not in: {error}");
+        assert_eq!(error.matches("error:").count(), 1, "{error}");
+        let left: Vec<_> = fs::read_dir(self.dir.path())
+            .unwrap()
+            .map(|e| e.unwrap().file_name())
+            .collect();
+        let left = left
+            .iter()
+            .filter(|name| name.to_string_lossy().contains("run"))
+            .count();
+        assert_eq!(left, 0, "something is left behind");
+    }
+}
+
+fn succeeded(output: &Output) -> String {
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    String::from_utf8(output.stdout.clone()).unwrap()
+}
+
+#[test]
+fn a_run_learns_its_rows_and_eval_says_so() {
+    let place = Workplace::new();
+    for (method, run) in [("lora", "run-lora"), ("full", "run-full")] {
+        let more = [
+            "--method",
+            method,
+            "--max-steps",
+            "300",
+            "--per-device-train-batch-size",
+            "4",
+            "--eval-data",
+            "train.jsonl",
+            "--json",
+        ];
+        let summary: Value = serde_json::from_str(&succeeded(&place.sft(run, &more))).unwrap();
+        // The random output layer is frozen under LoRA: with hidden states of norm 8 and rows of norm 0.64 no
+        // probability comes near 1, so only full training can reach a loss near 0.
+        let reached = if method == "lora" { 1.3 } else { 0.05 };
+        assert!(
+            summary["eval_loss"].as_f64().unwrap() < reached,
+            "{method}: {summary}"
+        );
+        assert_eq!(summary["data"]["used"], 8);
+        let mut args = vec![
+            "eval",
+            "--data",
+            "train.jsonl",
+            "--by",
+            "language",
+            "--max-new-tokens",
+            "8",
+            "--json",
+        ];
+        match method {
+            "lora" => args.extend(["--model", "model", "--adapter", run]),
+            _ => args.extend(["--model", run]),
+        }
+        let eval: Value = serde_json::from_str(&succeeded(&place.run(&args))).unwrap();
+        assert_eq!(
+            (eval["exact_match"].as_f64(), eval["rows"].as_u64()),
+            (Some(1.0), Some(8))
+        );
+        assert_eq!(eval["by"]["nl"]["rows"], 4);
+        let metrics = fs::read_to_string(place.path(run).join("metrics.jsonl")).unwrap();
+        assert!(metrics.lines().count() >= 8 && metrics.contains("grad_norm"));
+        let samples = fs::read_to_string(place.path(run).join("samples.jsonl")).unwrap();
+        assert_eq!(
+            samples
+                .lines()
+                .filter(|line| line.contains("\"exact\":true"))
+                .count(),
+            8
+        );
+    }
+    let before: Value = serde_json::from_str(&succeeded(&place.run(&[
+        "eval",
+        "--model",
+        "model",
+        "--data",
+        "train.jsonl",
+        "--max-new-tokens",
+        "8",
+        "--json",
+    ])))
+    .unwrap();
+    assert_eq!(before["exact_match"], 0.0);
+}
+
+#[test]
+fn the_same_seed_gives_the_same_bits_and_accumulation_the_large_batch() {
+    let place = Workplace::new();
+    let adapter = |run: &str, more: &[&str]| -> Vec<u8> {
+        let mut args = vec!["--max-steps", "6", "--r", "4"];
+        args.extend(more);
+        succeeded(&place.sft(run, &args));
+        fs::read(place.path(run).join("adapter_model.safetensors")).unwrap()
+    };
+    let dropout = ["--lora-dropout", "0.2", "--per-device-train-batch-size", "4"];
+    let first = adapter("run-1", &dropout);
+    assert_eq!(first, adapter("run-2", &dropout), "the same seed");
+    assert_ne!(
+        first,
+        adapter("run-3", &[&dropout[..], &["--seed", "1"]].concat()),
+        "another seed"
+    );
+
+    let whole = adapter("run-4", &["--per-device-train-batch-size", "6"]);
+    let parts = adapter(
+        "run-5",
+        &[
+            "--per-device-train-batch-size",
+            "2",
+            "--gradient-accumulation-steps",
+            "3",
+        ],
+    );
+    let floats = |bytes: &[u8]| -> Vec<f32> {
+        let file = safetensors::SafeTensors::deserialize(bytes).unwrap();
+        let mut tensors = file.tensors();
+        tensors.sort_by(|a, b| a.0.cmp(&b.0));
+        let bytes = tensors.iter().flat_map(|(_, view)| view.data().chunks_exact(4));
+        bytes
+            .map(|raw| f32::from_le_bytes(raw.try_into().unwrap()))
+            .collect()
+    };
+    let worst = floats(&whole)
+        .iter()
+        .zip(floats(&parts))
+        .fold(0.0f32, |max, (a, b)| max.max((a - b).abs()));
+    assert!(worst < 1e-4, "accumulation differs by {worst}");
+}
+
+#[test]
+fn a_configuration_file_is_as_good_as_flags() {
+    let place = Workplace::new();
+    let text = "model = 'model'\ndata = 'train.jsonl'\nmax_steps = 2\nr = 2\ntarget_modules = ['q_proj']\n";
+    fs::write(place.path("sft.toml"), text).unwrap();
+    succeeded(&place.run(&["sft", "--config", "sft.toml", "-o", "run"]));
+    let config: Value =
+        serde_json::from_slice(&fs::read(place.path("run/adapter_config.json")).unwrap()).unwrap();
+    assert_eq!(
+        (&config["r"], &config["target_modules"]),
+        (&json!(2), &json!(["q_proj"]))
+    );
+    let resolved = fs::read_to_string(place.path("run/config.resolved.toml")).unwrap();
+    assert!(resolved.contains("max_steps = 2") && resolved.contains("seed = 42"));
+}
+
+#[test]
+fn bad_rows_are_counted_by_line() {
+    let place = Workplace::new();
+    let mut text = fs::read_to_string(place.path("train.jsonl")).unwrap();
+    text += "not json\n{\"prompt\":\"w9\",\"completion\":\" \"}\n";
+    text += &format!("{{\"text\":\"{}\"}}\n", "w7 ".repeat(60));
+    fs::write(place.path("train.jsonl"), text).unwrap();
+    let output = place.sft("run", &["--max-steps", "1", "--max-length", "40"]);
+    succeeded(&output);
+    let summary: Value = serde_json::from_slice(&fs::read(place.path("run/summary.json")).unwrap()).unwrap();
+    let data = &summary["data"];
+    assert_eq!((&data["rows"], &data["used"]), (&json!(11), &json!(9)));
+    assert_eq!(data["broken"][0][0], 9);
+    assert_eq!(
+        (&data["empty_answers"], &data["truncated"]),
+        (&json!([10]), &json!([11]))
+    );
+    assert!(String::from_utf8_lossy(&output.stderr).contains("line 9"));
+}
+
+#[test]
+fn bad_input_is_named_and_leaves_nothing() {
+    let place = Workplace::new();
+    fs::create_dir(place.path("empty")).unwrap();
+    let sft = |args: &[&str]| place.run(&[&["sft", "-o", "run"], args].concat());
+    place.refused(
+        1,
+        "no config.json",
+        &sft(&["--model", "empty", "--data", "train.jsonl"]),
+    );
+    place.refused(
+        1,
+        "pipit-convert import",
+        &sft(&["--model", "m.gguf", "--data", "train.jsonl"]),
+    );
+    place.refused(
+        1,
+        "nowhere.jsonl",
+        &sft(&["--model", "model", "--data", "nowhere.jsonl"]),
+    );
+    place.refused(2, "--model is missing", &sft(&["--data", "train.jsonl"]));
+    place.refused(2, "--learning-rate", &place.sft("run", &["--learning-rate=-1"]));
+    place.refused(
+        1,
+        "nearest names are q_proj",
+        &place.sft("run", &["--target-modules", "q_prj"]),
+    );
+    place.refused(
+        2,
+        "max_position_embeddings",
+        &place.sft("run", &["--max-length", "4096"]),
+    );
+    fs::write(place.path("bad.toml"), "learning_rte = 1\n").unwrap();
+    place.refused(
+        78,
+        "did you mean `learning_rate`",
+        &sft(&["--config", "bad.toml"]),
+    );
+
+    let turn = |role: &str| json!({"role": role, "content": "w9"});
+    place.write(
+        "tool.jsonl",
+        &[json!({"messages": [turn("tool"), turn("assistant")]})],
+    );
+    place.refused(
+        1,
+        "tool.jsonl, line 1: the chat template refuses",
+        &sft(&["--model", "model", "--data", "tool.jsonl"]),
+    );
+    place.write("none.jsonl", &[json!({"other": 1})]);
+    place.refused(
+        1,
+        "no usable row",
+        &sft(&["--model", "model", "--data", "none.jsonl"]),
+    );
+
+    let eval = place.run(&[
+        "eval",
+        "--model",
+        "model",
+        "--data",
+        "train.jsonl",
+        "--by",
+        "colour",
+    ]);
+    place.refused(2, "the columns are language", &eval);
+    let adapter = fixture("tiny-untied-lora");
+    let eval = place.run(&[
+        "eval",
+        "--model",
+        "model",
+        "--adapter",
+        adapter.to_str().unwrap(),
+        "--data",
+        "train.jsonl",
+    ]);
+    place.refused(1, "does not fit this model", &eval);
+
+    fs::rename(place.path("model/tokenizer.json"), place.path("model/other.json")).unwrap();
+    place.refused(1, "tokenizer.json: is missing", &place.sft("run", &[]));
+    let text = fs::read_to_string(place.path("model/other.json")).unwrap();
+    fs::write(
+        place.path("model/tokenizer.json"),
+        text.replace("\"w255\": 255", "\"w255\": 999")
+            .replace("\"w255\":255", "\"w255\":999"),
+    )
+    .unwrap();
+    place.refused(1, "token 999", &place.sft("run", &[]));
+}
+
+#[test]
+fn a_run_that_exists_is_not_overwritten() {
+    let place = Workplace::new();
+    fs::create_dir(place.path("run")).unwrap();
+    fs::write(place.path("run/mine"), "hours of work").unwrap();
+    let output = place.sft("run", &["--max-steps", "1"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("exists already"));
+    assert_eq!(
+        fs::read_to_string(place.path("run/mine")).unwrap(),
+        "hours of work"
+    );
+}
+
+#[test]
+fn a_rate_that_blows_up_stops_and_names_the_batch() {
+    let place = Workplace::new();
+    let args = [
+        "--method",
+        "full",
+        "--max-steps",
+        "60",
+        "--learning-rate",
+        "1e3",
+        "--max-grad-norm",
+        "0",
+        "--weight-decay",
+        "1000",
+    ];
+    let mut command = vec!["sft", "--model", "model", "--data", "train.jsonl", "-o", "run"];
+    command.extend(args);
+    let output = place.run(&command);
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{error}");
+    assert!(error.contains("hint: lower --learning-rate"), "{error}");
+    let batch: Value = serde_json::from_slice(&fs::read(place.path("run.bad-batch.json")).unwrap()).unwrap();
+    assert!(!batch["lines"].as_array().unwrap().is_empty());
+    assert!(!place.path("run").exists());
+}
+
+#[test]
+fn an_interrupt_leaves_nothing() {
+    let place = Workplace::new();
+    let mut child = Command::new(env!("CARGO_BIN_EXE_pipit-distill"))
+        .args([
+            "sft",
+            "--model",
+            "model",
+            "--data",
+            "train.jsonl",
+            "-o",
+            "run",
+            "--max-steps",
+            "1000000",
+        ])
+        .args(["--logging-steps", "1"])
+        .current_dir(place.dir.path())
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    // The first line of figures: the loop runs.
+    let mut lines = std::io::BufRead::lines(std::io::BufReader::new(child.stderr.take().unwrap()));
+    assert!(lines.any(|line| line.unwrap().starts_with("step 1/")));
+    let id = child.id().to_string();
+    assert!(
+        Command::new("kill")
+            .args(["-TERM", &id])
+            .status()
+            .unwrap()
+            .success()
+    );
+    assert!(lines.any(|line| line.unwrap().contains("interrupted")));
+    assert_eq!(child.wait().unwrap().code(), Some(1));
+    let left: Vec<_> = fs::read_dir(place.dir.path())
+        .unwrap()
+        .map(|e| e.unwrap().file_name())
+        .collect();
+    assert_eq!(left.len(), 2, "{left:?}"); // the model and the data
+}
