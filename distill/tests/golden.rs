@@ -257,3 +257,45 @@ fn an_adapter_whose_b_is_zero_changes_no_bit() {
     assert_eq!(floats(&model.hidden(&batch, Mode::INFERENCE).unwrap()), before);
     assert_eq!(model.trained().len(), 2 * 7 * 2);
 }
+
+#[test]
+fn answers_with_a_cache_are_those_without() {
+    use pipit_distill::rollout::{Stop, greedy};
+    let model = Llama::open(&fixture("tiny-untied"), false).unwrap();
+    let prompts: [&[u32]; 3] = [&[7, 20, 33, 46, 59], &[8], &[100, 3, 200]];
+    // The end token is one that the second prompt's answer has, so that the batch shrinks on its way.
+    let without = |prompt: &[u32], eos: &[u32]| -> Vec<u32> {
+        let mut ids = prompt.to_vec();
+        for _ in 0..12 {
+            let hidden = model
+                .hidden(&Batch::unlabelled([ids.as_slice()]), Mode::INFERENCE)
+                .unwrap();
+            let logits = model
+                .logits(&hidden.narrow(0, ids.len() - 1, 1).unwrap().contiguous().unwrap())
+                .unwrap();
+            let logits = floats(&logits);
+            let next = (0..256u32)
+                .max_by(|a, b| logits[*a as usize].total_cmp(&logits[*b as usize]))
+                .unwrap();
+            if eos.contains(&next) {
+                break;
+            }
+            ids.push(next);
+        }
+        ids[prompt.len()..].to_vec()
+    };
+    let eos = [without(prompts[1], &[])[4]];
+    let answers = greedy(
+        &model,
+        &prompts,
+        &Stop {
+            eos: &eos,
+            max_new_tokens: 12,
+        },
+    )
+    .unwrap();
+    for (prompt, answer) in prompts.iter().zip(&answers) {
+        assert_eq!(*answer, without(prompt, &eos));
+    }
+    assert!(answers[1].len() < 12);
+}
