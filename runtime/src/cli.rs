@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use clap::{ArgAction, Args, Parser, Subcommand};
 use pipit::config::{Config, ConfigError};
 use pipit::daemon::DaemonError;
+use pipit::mqtt::LinkError;
 use tracing_subscriber::EnvFilter;
 
 mod ask;
@@ -110,14 +111,19 @@ pub(crate) fn run() -> ExitCode {
     match result {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("error: {error:#}");
+            // The library's errors say their cause themselves; a context of anyhow's needs the chain.
+            if error.is::<ConfigError>() || error.is::<LinkError>() || error.is::<DaemonError>() {
+                eprintln!("error: {error}");
+            } else {
+                eprintln!("error: {error:#}");
+            }
             ExitCode::from(code_of(&error))
         }
     }
 }
 
 fn code_of(error: &anyhow::Error) -> u8 {
-    if error.is::<ConfigError>() {
+    if error.is::<ConfigError>() || error.is::<LinkError>() {
         return code::CONFIG;
     }
     match error.downcast_ref::<DaemonError>() {

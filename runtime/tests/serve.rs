@@ -482,7 +482,7 @@ fn bad_input_has_a_line_a_hint_and_a_code() {
     );
     let (code, message) = run(&["serve", "--model", "/nonexistent.gguf"]);
     assert!(
-        code == Some(78) && message.contains("/nonexistent.gguf"),
+        code == Some(78) && message.matches("No such file").count() == 1,
         "{code:?} {message}"
     );
     let (code, message) = run(&["serve"]);
