@@ -1,7 +1,7 @@
 //! llama.cpp: one thread owns model, context and batch, and answers one job at a time.
 //!
 //! In: a [`Job`]. Out: text, piece by piece, and a [`Finished`]. Every size is checked before llama.cpp is called,
-//! because it aborts the process on what it does not expect (knowledge: `n_tokens > n_batch`). There is no way to
+//! because it aborts the process on what it does not expect (a batch of more than `n_batch` tokens, for one). There is no way to
 //! interrupt a call, so prefill goes in chunks and between two of them the caller is asked whether to go on.
 
 use std::num::NonZeroU32;
