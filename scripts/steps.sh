@@ -33,6 +33,7 @@ end_steps() {
     local group
     trap '' INT TERM HUP
     if [[ -t 2 ]]; then printf '\r\033[K' >&2; fi
+    if [[ $1 == 130 || $1 == 143 ]] && ((${#running[@]})); then say 'stopping ...'; fi
     for group in "${running[@]}"; do end_group "$group"; done
     rm -rf "$steps_folder/part"
     if [[ $1 == 130 || $1 == 143 ]]; then say 'stopped; what was finished is kept, and the next run goes on from there'; fi
