@@ -14,7 +14,7 @@
 //! - An acknowledgement names a packet id of one connection: it carries the connection's epoch, and the order of
 //!   PUBACKs is the order of receipt (MQTT 5, 4.6).
 //! - A client that resumes a session which only the broker remembers is refused or cannot publish at QoS 1, unless
-//!   its session store holds something: [`EmptySession`] says that nothing is in flight, which is true.
+//!   its session store holds something: `EmptySession` says that nothing is in flight, which is true.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::pin::Pin;

@@ -37,7 +37,7 @@ struct CrossEntropy {
     kept: Mutex<Option<Kept>>,
 }
 
-/// The **sum** over the targets of −log softmax(hidden·Wᵀ)[token], a scalar. hidden `[rows, d]`,
+/// The **sum** over the targets of −log softmax(hidden·Wᵀ)\[token\], a scalar. hidden `[rows, d]`,
 /// weight `[vocabulary, d]`, which gets a gradient when it is a variable.
 pub fn cross_entropy(hidden: &Tensor, weight: &Tensor, targets: Targets) -> Result<Tensor> {
     let trained = weight.track_op();
