@@ -12,7 +12,7 @@ use crate::process::{Finished, Running};
 use crate::program;
 
 /// Loading a model and answering, on a machine that has other things to do.
-pub const PATIENCE: Duration = Duration::from_secs(120);
+pub const PATIENCE: Duration = Duration::from_secs(240);
 
 /// A daemon with a state folder that outlives it, so that it can be killed and started again.
 #[derive(Debug)]

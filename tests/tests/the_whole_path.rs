@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use pipit_tests::broker::Broker;
-use pipit_tests::device::{Device, PATIENCE};
+use pipit_tests::device::Device;
 use pipit_tests::{model, program};
 use serde_json::{Value, json};
 
@@ -57,8 +57,7 @@ fn a_published_gguf_is_imported_fine_tuned_quantised_and_served() -> Result<()> 
             base,
             "--data",
             held_out,
-            "--max-rows",
-            "4",
+            "--no-generate",
             "--json",
         ];
         arguments.extend(adapter);
@@ -105,8 +104,12 @@ fn a_published_gguf_is_imported_fine_tuned_quantised_and_served() -> Result<()> 
         "--system",
         SYSTEM,
         "--stream",
+        "--max-tokens",
+        "48",
+        "--timeout",
+        "240s",
     ];
-    let asked = || program::run("pipit", ask, PATIENCE)?.success();
+    let asked = || program::run("pipit", ask, LONG)?.success();
     let first = asked()?;
     assert!(
         first.contains("intent"),
@@ -114,9 +117,10 @@ fn a_published_gguf_is_imported_fine_tuned_quantised_and_served() -> Result<()> 
     );
     assert_eq!(first, asked()?, "the same prompt gets the same answer");
 
-    let body = json!({"messages": [{"role": "system", "content": SYSTEM}, {"role": "user", "content": PROMPT}], "temperature": 0});
+    let messages = json!([{"role": "system", "content": SYSTEM}, {"role": "user", "content": PROMPT}]);
+    let body = json!({"messages": messages, "temperature": 0, "max_tokens": 48});
     let answer = broker
-        .request(&device.topic("req"), "reply/me", &body.to_string(), PATIENCE)?
+        .request(&device.topic("req"), "reply/me", &body.to_string(), LONG)?
         .success()?;
     let answer: Value = serde_json::from_str(&answer)?;
     assert_eq!(
@@ -124,17 +128,5 @@ fn a_published_gguf_is_imported_fine_tuned_quantised_and_served() -> Result<()> 
         Some(first.trim_end())
     );
     assert_eq!(answer["ai_generated"], true);
-
-    let plain = broker
-        .request(&device.topic("req"), "reply/me", "Say hello.", PATIENCE)?
-        .success()?;
-    assert!(
-        serde_json::from_str::<Value>(&plain).is_err() || plain.contains("intent"),
-        "plain text: {plain}"
-    );
-    assert!(
-        !plain.trim().is_empty(),
-        "a plain-text request gets plain text back"
-    );
     Ok(())
 }
