@@ -157,7 +157,11 @@ fn evaluate(args: &Args, output: Output, stop: &AtomicBool) -> anyhow::Result<()
         done += part.len();
         bar.set_position(done as u64);
         let figures = table.all.figures();
-        bar.set_message(format!("loss {:.3}", figures.loss.unwrap_or(f64::NAN)));
+        let message = format!("loss {:.3}", figures.loss.unwrap_or(f64::NAN));
+        if bar.is_hidden() && !output.quiet {
+            eprintln!("{done}/{} rows  {message}", items.len());
+        }
+        bar.set_message(message);
     }
     bar.finish_and_clear();
     if too_long > 0 && !output.quiet {
