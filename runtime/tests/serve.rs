@@ -60,6 +60,19 @@ impl Drop for Process {
     }
 }
 
+/// The device `dev`, on one thread: ggml's threads spin, and tests run side by side.
+fn serve(broker: &str, state: &Path) -> Process {
+    let child = Command::new(PIPIT)
+        .args(["serve", "--device", "dev", "--threads", "1"])
+        .args(["--broker", broker, "--model"])
+        .arg(model())
+        .arg("--state-dir")
+        .arg(state)
+        .stdout(Stdio::null())
+        .spawn();
+    Process(child.unwrap())
+}
+
 /// A mosquitto with persistent sessions in memory, and a folder for one device's state.
 struct World {
     _broker: Process,
@@ -103,24 +116,7 @@ impl World {
     }
 
     fn serve(&self) -> Process {
-        let child = Command::new(PIPIT)
-            .args([
-                "serve",
-                "--device",
-                "dev",
-                "--threads",
-                "1",
-                "--broker",
-                &self.url(),
-                "--model",
-            ])
-            .arg(model())
-            .arg("--state-dir")
-            .arg(self.folder.path().join("state"))
-            .stdout(Stdio::null())
-            .spawn()
-            .unwrap();
-        Process(child)
+        serve(&self.url(), &self.folder.path().join("state"))
     }
 
     fn ready(&self) {
@@ -522,25 +518,7 @@ fn the_embedded_broker_speaks_both_versions() {
     let folder = tempfile::tempdir().unwrap();
     let port = free_port();
     let url = format!("embedded://127.0.0.1:{port}");
-    let serve = || {
-        let child = Command::new(PIPIT)
-            .args([
-                "serve",
-                "--device",
-                "dev",
-                "--threads",
-                "1",
-                "--broker",
-                &url,
-                "--model",
-            ])
-            .arg(model())
-            .arg("--state-dir")
-            .arg(folder.path())
-            .spawn();
-        Process(child.unwrap())
-    };
-    let mut daemon = serve();
+    let mut daemon = serve(&url, folder.path());
     wait_for("the broker", Duration::from_secs(20), || {
         TcpStream::connect(("127.0.0.1", port)).is_ok()
     });
@@ -584,7 +562,7 @@ fn the_embedded_broker_speaks_both_versions() {
     );
     daemon.0.kill().unwrap();
     daemon.0.wait().unwrap();
-    let _daemon = serve();
+    let _daemon = serve(&url, folder.path());
     let output = ask.wait_with_output().unwrap();
     assert!(output.status.success() && output.stdout.len() > 20, "{output:?}");
 }

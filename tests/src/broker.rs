@@ -109,20 +109,10 @@ impl Broker {
         // Into a pipe, it would keep its lines until it has a block of them.
         let process = Running::start(
             Command::new("stdbuf")
-                .args([
-                    "-oL",
-                    "mosquitto_sub",
-                    "-V",
-                    "5",
-                    "-q",
-                    "1",
-                    "-d",
-                    "-h",
-                    "127.0.0.1",
-                    "-p",
-                ])
-                .arg(self.port.to_string())
-                .args(["-F", &format!("{MARK}%t\t%p"), "-t", topic]),
+                .args(["-oL", "mosquitto_sub", "-d"])
+                .args(CLIENT)
+                .args(["-p", &self.port.to_string(), "-t", topic])
+                .args(["-F", &format!("{MARK}%t\t%p")]),
         )?;
         process.wait_for_line(START, |line| line.starts_with("Subscribed"))?;
         Ok(Subscription { process })
@@ -135,20 +125,8 @@ impl Broker {
     /// When mosquitto_pub is not installed or the broker is not there.
     pub fn publish(&self, topic: &str, payload: &str, more: &[&str]) -> Result<()> {
         let port = self.port.to_string();
-        let mut arguments = vec![
-            "-V",
-            "5",
-            "-q",
-            "1",
-            "-h",
-            "127.0.0.1",
-            "-p",
-            &port,
-            "-t",
-            topic,
-            "-m",
-            payload,
-        ];
+        let mut arguments = CLIENT.to_vec();
+        arguments.extend(["-p", &port, "-t", topic, "-m", payload]);
         arguments.extend(more);
         process::run("mosquitto_pub", arguments, START)?.success()?;
         Ok(())
@@ -160,24 +138,10 @@ impl Broker {
     /// When mosquitto_rr is not installed or no answer comes within `limit`.
     pub fn request(&self, topic: &str, reply: &str, payload: &str, limit: Duration) -> Result<Finished> {
         let (port, seconds) = (self.port.to_string(), limit.as_secs().to_string());
-        let arguments = [
-            "-V",
-            "5",
-            "-q",
-            "1",
-            "-h",
-            "127.0.0.1",
-            "-p",
-            &port,
-            "-t",
-            topic,
-            "-e",
-            reply,
-            "-W",
-            &seconds,
-            "-m",
-            payload,
-        ];
+        let mut arguments = CLIENT.to_vec();
+        arguments.extend([
+            "-p", &port, "-t", topic, "-e", reply, "-W", &seconds, "-m", payload,
+        ]);
         process::run("mosquitto_rr", arguments, limit + START)
     }
 }
@@ -197,6 +161,8 @@ pub struct Message {
     pub payload: String,
 }
 
+/// How every mosquitto client is called here: MQTT 5, QoS 1, on this machine.
+const CLIENT: [&str; 6] = ["-V", "5", "-q", "1", "-h", "127.0.0.1"];
 /// Tells our lines from mosquitto_sub's own.
 const MARK: &str = "message\t";
 
