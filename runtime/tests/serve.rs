@@ -152,7 +152,7 @@ impl World {
     }
 
     /// Subscribes to the answers of `id` until `count` have come or `seconds` have passed.
-    fn listen(&self, id: &str, count: &str, seconds: &str) -> Child {
+    fn listen(&self, id: &str, count: &str, seconds: &str) -> Process {
         let topic = format!("pipit/v1/dev/res/{id}");
         let child = self
             .tool(
@@ -164,7 +164,7 @@ impl World {
             .unwrap();
         // Until its SUBACK: mosquitto_sub does not say when.
         std::thread::sleep(Duration::from_millis(300));
-        child
+        Process(child)
     }
 
     fn ask(&self, arguments: &[&str]) -> Output {
@@ -184,10 +184,16 @@ impl World {
     }
 }
 
-fn answers(mut child: Child) -> Vec<Value> {
+fn answers(mut listener: Process) -> Vec<Value> {
     let mut text = String::new();
-    child.stdout.take().unwrap().read_to_string(&mut text).unwrap();
-    child.wait().unwrap();
+    listener
+        .0
+        .stdout
+        .take()
+        .unwrap()
+        .read_to_string(&mut text)
+        .unwrap();
+    listener.0.wait().unwrap();
     text.lines()
         .map(|line| serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}")))
         .collect()
