@@ -65,18 +65,27 @@ pub(crate) fn names(dir: &Path) -> Vec<String> {
     names
 }
 
-/// SmolLM2-135M-Instruct, which ./check fetches.
+/// SmolLM2-135M-Instruct in Q4_1, which ./check fetches.
 pub(crate) fn smollm2() -> PathBuf {
-    let path = std::env::var_os("PIPIT_TEST_MODEL")
-        .map(PathBuf::from)
-        .unwrap_or_else(|| {
-            let home = || PathBuf::from(std::env::var_os("HOME").unwrap_or_default()).join(".cache");
-            let cache = std::env::var_os("XDG_CACHE_HOME").map_or_else(home, PathBuf::from);
-            cache.join("pipit/SmolLM2-135M-Instruct.Q4_1.gguf")
-        });
+    cached("PIPIT_TEST_MODEL", "SmolLM2-135M-Instruct.Q4_1.gguf")
+}
+
+/// Gemma 3 270M in Q4_K_M, which ./check fetches.
+pub(crate) fn gemma3() -> PathBuf {
+    cached("PIPIT_TEST_GEMMA", "gemma-3-270m-q4_k_m.gguf")
+}
+
+/// The file that the variable names, else the one in the cache that scripts/fetch-model fills.
+fn cached(variable: &str, name: &str) -> PathBuf {
+    let set = |name: &str| std::env::var_os(name).map(PathBuf::from);
+    let path = set(variable).unwrap_or_else(|| {
+        let home = || set("HOME").unwrap_or_default().join(".cache");
+        let cache = || set("XDG_CACHE_HOME").unwrap_or_else(home).join("pipit");
+        set("PIPIT_CACHE").unwrap_or_else(cache).join(name)
+    });
     assert!(
         path.is_file(),
-        "{} is not there: ./check fetches it; PIPIT_TEST_MODEL names another place",
+        "{} is not there: scripts/fetch-model gets it; {variable} names another place",
         path.display()
     );
     path
