@@ -39,10 +39,65 @@ pub struct TensorRule {
     pub hf: String,
     /// The name in the GGUF file.
     pub gguf: String,
-    /// The shape in the checkpoint: `[rows, columns]`, or `[elements]`.
+    /// The shape in the checkpoint: `[rows, columns]`, `[elements]`, or `[rows, 1, columns]`, which a GGUF file
+    /// holds as a matrix.
     pub shape: Vec<usize>,
     /// How the rows are ordered in the GGUF file.
     pub rows: RowOrder,
+    /// What happens to the elements on their way into the GGUF file.
+    pub change: Change,
+    /// Whether the tensor is F32 whatever type the user asks for, as in both of llama.cpp's tools.
+    pub always_f32: bool,
+}
+
+impl TensorRule {
+    /// The number of rows and their length, as they are read and written: a vector is one row, or, where its
+    /// elements are reordered, many rows of one element.
+    pub fn rows_and_columns(&self) -> (usize, usize) {
+        match (self.shape.as_slice(), self.rows) {
+            (&[rows, columns] | &[rows, 1, columns], _) => (rows, columns),
+            (shape, RowOrder::Same) => (1, shape.iter().product()),
+            (shape, RowOrder::Interleaved { .. }) => (shape.iter().product(), 1),
+        }
+    }
+
+    /// The dimensions in the GGUF file, in ggml's order.
+    pub fn dimensions(&self) -> Vec<u64> {
+        match self.shape.as_slice() {
+            &[rows, 1, columns] => vec![columns as u64, rows as u64],
+            shape => shape.iter().rev().map(|n| *n as u64).collect(),
+        }
+    }
+
+    /// Whether the tensor takes the type that the user asks for: matrices do, vectors stay F32.
+    pub fn quantisable(&self) -> bool {
+        self.shape.len() > 1 && !self.always_f32
+    }
+}
+
+/// What happens to a tensor's elements between the checkpoint and the GGUF file, after adapters are merged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Change {
+    /// Nothing.
+    None,
+    /// Gemma's norms multiply by one more than their weight; llama.cpp's multiply by the weight.
+    PlusOne,
+}
+
+impl Change {
+    /// From the checkpoint to the GGUF file.
+    pub fn apply(self, values: &mut [f32]) {
+        if self == Self::PlusOne {
+            values.iter_mut().for_each(|value| *value += 1.0);
+        }
+    }
+
+    /// From the GGUF file to the checkpoint. Exact for every value that [`apply`](Self::apply) gave.
+    pub fn undo(self, values: &mut [f32]) {
+        if self == Self::PlusOne {
+            values.iter_mut().for_each(|value| *value -= 1.0);
+        }
+    }
 }
 
 /// A tensor that stands only in the GGUF file. It is F32 and has one dimension.

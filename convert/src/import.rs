@@ -195,7 +195,7 @@ pub(crate) fn check_tensors<'a>(
             path: gguf.path().to_path_buf(),
             tensor: rule.gguf.clone(),
         })?;
-        let dimensions: Vec<u64> = rule.shape.iter().rev().map(|n| *n as u64).collect();
+        let dimensions = rule.dimensions();
         // Trailing dimensions of 1 are the same shape.
         let found = from
             .dimensions
@@ -357,12 +357,7 @@ fn write_tensor(
         tensor: job.rule.gguf.clone(),
         source,
     };
-    // A vector whose elements keep their order is one row; one whose elements are reordered is many of one.
-    let (rows, columns) = match (job.rule.shape.as_slice(), job.rule.rows) {
-        (&[rows, columns], _) => (rows, columns),
-        (shape, RowOrder::Same) => (1, shape.iter().product()),
-        (shape, _) => (shape.iter().product(), 1),
-    };
+    let (rows, columns) = job.rule.rows_and_columns();
     let data = gguf.data(job.from);
     let row_bytes = job.from.kind.row_bytes(columns as u64).unwrap_or(0) as usize;
     if row_bytes * rows != data.len() {
@@ -393,6 +388,7 @@ fn write_tensor(
                 }
             }
         }
+        job.rule.change.undo(values);
         encoded.clear();
         quantize::quantize(kind, values, columns, &mut encoded)
             .map_err(|source| failed(source.after(first * columns)))?;

@@ -12,7 +12,7 @@ use std::path::PathBuf;
 
 pub use source::SourceModel;
 
-use crate::arch::{self, ArchError, Architecture, RowOrder, TensorRule};
+use crate::arch::{self, ArchError, Architecture, TensorRule};
 use crate::checkpoint::CheckpointError;
 use crate::gguf::{GgufError, Header, TensorPlan, TensorType};
 use crate::import::ImportError;
@@ -195,10 +195,11 @@ impl<'a> Plan<'a> {
             });
         }
         for rule in rules {
-            let (rows, columns, kind) = match (rule.shape.as_slice(), rule.rows) {
-                (&[rows, columns], _) => (rows, columns, fitting(kind, &rule.gguf, columns)),
-                (shape, RowOrder::Same) => (1, shape.iter().product(), TensorType::F32),
-                (shape, _) => (shape.iter().product(), 1, TensorType::F32),
+            let (rows, columns) = rule.rows_and_columns();
+            let kind = if rule.quantisable() {
+                fitting(kind, &rule.gguf, columns)
+            } else {
+                TensorType::F32
             };
             jobs.push(Job {
                 source: Source::Checkpoint(rule),
@@ -262,7 +263,7 @@ impl<'a> Plan<'a> {
 impl Job {
     fn plan(&self) -> TensorPlan {
         let dimensions = match &self.source {
-            Source::Checkpoint(rule) => rule.shape.iter().rev().map(|n| *n as u64).collect(),
+            Source::Checkpoint(rule) => rule.dimensions(),
             Source::Extra { values, .. } => vec![values.len() as u64],
         };
         TensorPlan {

@@ -7,7 +7,7 @@ mod rope;
 use rope::{Rope, llama3_factors, rope_of};
 use serde_json::{Map, Value as Json, json};
 
-use super::{ArchError, Architecture, Config, ExtraTensor, RowOrder, TensorRule};
+use super::{ArchError, Architecture, Change, Config, ExtraTensor, RowOrder, TensorRule};
 use crate::gguf::{Gguf, GgufError, Value};
 
 /// The table of this architecture.
@@ -184,6 +184,8 @@ fn tensors(config: &Map<String, Json>) -> Result<Vec<TensorRule>, ArchError> {
             gguf: name(gguf),
             shape,
             rows,
+            change: Change::None,
+            always_f32: false,
         });
     };
     OUTER.iter().for_each(|rule| add(rule, 0, false));

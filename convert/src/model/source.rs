@@ -109,7 +109,8 @@ impl SourceModel {
         }
     }
 
-    /// Rows of a tensor in the order of the GGUF file, `columns` elements each, from row `first` on.
+    /// Rows of a tensor in the order of the GGUF file, `columns` elements each, from row `first` on. The elements
+    /// are the checkpoint's: the rule's change is not applied yet.
     pub(super) fn read_rows(
         &self,
         rule: &TensorRule,
@@ -146,7 +147,9 @@ impl SourceModel {
                     .data(tensor)
                     .get(first * row..(first + n) * row)
                     .ok_or_else(short)?;
-                quantize::dequantize(tensor.kind, data, columns, values).map_err(failed)
+                quantize::dequantize(tensor.kind, data, columns, values).map_err(failed)?;
+                rule.change.undo(values);
+                Ok(())
             }
         }
     }

@@ -94,6 +94,7 @@ impl Plan<'_> {
                             .add_to_row(&rule.hf, rule.rows.to_hf(first + row), values);
                     }
                 }
+                rule.change.apply(&mut values);
             }
         }
         let mut out = Vec::new();
