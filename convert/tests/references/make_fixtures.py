@@ -12,15 +12,13 @@ safetensors and gguf (seen with 2.15.0, 5.23.0, 0.22, 0.21.2, 0.8.0, 0.19.0).
     adapters/*               LoRA adapters of tied/, and merged.safetensors: PEFT's merge_and_unload in f32
 """
 
-import hashlib
-import importlib
 import json
 import shutil
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
+from convert_hf import convert
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -86,39 +84,10 @@ def checkpoint(name, llama3):
     return folder
 
 
-def plain(value):
-    return value.decode() if isinstance(value, bytes) else value
-
-
 def expected(llama_cpp, folder, pre):
-    """Runs convert_hf_to_gguf.py; the fixture's vocabulary has no hash there, so its name is given."""
-    sys.path[:0] = [str(llama_cpp), str(llama_cpp / "gguf-py")]
-    base = importlib.import_module("conversion.base")
-    base.TextModel.get_vocab_base_pre = lambda self, tokenizer: pre
-    convert = importlib.import_module("convert_hf_to_gguf")
-    from gguf import GGUFReader, GGUFValueType
-
     result = {"tensors": {}}
-    with tempfile.TemporaryDirectory() as scratch:
-        for kind in ["f32", "f16", "bf16", "q8_0"]:
-            path = Path(scratch) / f"{kind}.gguf"
-            sys.argv = ["convert", str(folder), "--outfile", str(path), "--outtype", kind]
-            convert.main()
-            reader = GGUFReader(path)
-            keys = {}
-            for key, field in reader.fields.items():
-                if key.startswith("GGUF."):
-                    continue
-                types = [GGUFValueType(t).name for t in field.types]
-                keys[key] = {"type": types[-1], "array": len(types) > 1, "value": plain(field.contents())}
-            if kind == "q8_0":
-                result["keys"] = keys
-            result["tensors"][kind] = {
-                tensor.name: {
-                    "type": tensor.tensor_type.name,
-                    "dimensions": [int(n) for n in tensor.shape],
-                    "sha256": hashlib.sha256(tensor.data.tobytes()).hexdigest(),
-                } for tensor in reader.tensors}
+    for kind in ["f32", "f16", "bf16", "q8_0"]:
+        result["keys"], result["tensors"][kind] = convert(llama_cpp, folder, kind, pre)
     (folder / "expected.json").write_text(json.dumps(result, ensure_ascii=False, indent=0) + "\n", encoding="utf-8")
 
 
@@ -150,7 +119,8 @@ def adapters(base):
 
 def main():
     llama_cpp = Path(sys.argv[1]).resolve()
-    shutil.rmtree(FIXTURES, ignore_errors=True)
+    for name in ["tied", "untied", "adapters"]:
+        shutil.rmtree(FIXTURES / name, ignore_errors=True)
     expected(llama_cpp, checkpoint("tied", llama3=False), "smollm")
     expected(llama_cpp, checkpoint("untied", llama3=True), "llama-bpe")
     adapters(FIXTURES / "tied")
