@@ -390,7 +390,7 @@ fn write_tensor(
         }
         job.rule.change.undo(values);
         encoded.clear();
-        quantize::quantize(kind, values, columns, &mut encoded)
+        quantize::quantize(kind, values, columns, None, &mut encoded)
             .map_err(|source| failed(source.after(first * columns)))?;
         file.write_all(&encoded).map_err(write)?;
         progress.advance(encoded.len() as u64);

@@ -1,32 +1,82 @@
 //! Rows of f32 to rows of blocks and back, by ggml's own kernels, so that the bits are llama.cpp's.
 //!
-//! ggml asserts where we return errors, and a failed assert ends the process: everything is checked first.
+//! ggml asserts where we return errors, and a failed assert ends the process: everything is checked first. Which
+//! tensor gets which type is the matter of [`Recipe`].
+
+mod category;
+mod file_type;
+mod mix;
+mod recipe;
+mod repack;
+
+pub use file_type::FileType;
+pub use mix::ModelFacts;
+pub use recipe::{Candidate, Choice, Recipe, TypeOverride, tensor_type};
+pub use repack::Repack;
 
 use crate::gguf::TensorType;
-
-/// The types that are written so far.
-pub const TARGETS: &[TensorType] = &[
-    TensorType::F32,
-    TensorType::F16,
-    TensorType::BF16,
-    TensorType::Q8_0,
-];
 
 /// What can be wrong with rows.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum QuantizeError {
-    /// No such type is known.
-    #[error("{name} is no type of llama.cpp\nhint: built so far: {}", targets())]
+    /// No such recipe is known.
+    #[error("{name} is no type of llama-quantize\nhint: it knows {}", names(FileType::ALL.iter().map(|file| file.name())))]
     UnknownType {
         /// What was asked for.
         name: String,
     },
-    /// The type exists and is not written yet.
-    #[error("{name} is not built yet\nhint: built so far: {}", targets())]
-    NotBuilt {
+    /// A type of tensors, which llama-quantize does not make files of.
+    #[error(
+        "{kind} is a type of single tensors, not of files\nhint: -t Q8_0 --tensor-type '.*={kind}' gives it to all of them"
+    )]
+    NoRecipe {
+        /// The type.
+        kind: &'static str,
+    },
+    /// No such tensor type is known.
+    #[error("{name} is no type of tensors\nhint: ggml quantises to {}", names(targets()))]
+    UnknownTensorType {
         /// What was asked for.
         name: String,
+    },
+    /// ggml has the type for other purposes than weights.
+    #[error("{name} is no type for weights\nhint: ggml quantises to {}", names(targets()))]
+    NoTarget {
+        /// What was asked for.
+        name: &'static str,
+    },
+    /// A type for single tensors cannot be used.
+    #[error("--tensor-type {text}: {why}")]
+    Override {
+        /// What was given.
+        text: String,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// The rows are no whole blocks, and llama.cpp has no smaller type to take instead.
+    #[error(
+        "tensor {tensor} has rows of {columns} elements, no whole number of {kind} blocks, and llama.cpp knows no fallback\nhint: give it a type of its own with --tensor-type"
+    )]
+    NoFallback {
+        /// The tensor.
+        tensor: String,
+        /// The length of a row.
+        columns: u64,
+        /// The type.
+        kind: &'static str,
+    },
+    /// The kernel works only with an importance matrix.
+    #[error("{kind} needs an importance matrix\nhint: pipit-convert imatrix makes one, --imatrix F uses it")]
+    NeedsImatrix {
+        /// The type.
+        kind: &'static str,
+    },
+    /// The importance matrix cannot be used for this tensor.
+    #[error("its importance matrix {why}")]
+    Importance {
+        /// What is wrong with it.
+        why: String,
     },
     /// ggml cannot turn this type into numbers.
     #[error("{name} cannot be turned into numbers")]
@@ -51,7 +101,9 @@ pub enum QuantizeError {
         value: String,
     },
     /// An element is too large for the type.
-    #[error("element {index} is {value}, too large for {kind}\nhint: BF16 and F32 hold it")]
+    #[error(
+        "element {index} is {value}, too large for {kind}\nhint: BF16 and F32 hold it; --tensor-type gives one tensor another type"
+    )]
     Overflow {
         /// Which one, counted over the rows that were given.
         index: usize,
@@ -72,93 +124,137 @@ impl QuantizeError {
     }
 }
 
-fn targets() -> String {
-    TARGETS
-        .iter()
-        .map(|kind| kind.name())
-        .collect::<Vec<_>>()
-        .join(", ")
+fn names<'a>(names: impl Iterator<Item = &'a str>) -> String {
+    names.collect::<Vec<_>>().join(", ")
 }
 
-/// Names of mixes, which are no tensor types: `llama-quantize` knows them.
-const MIXES: &[&str] = &[
-    "Q2_K_S",
-    "Q3_K_S",
-    "Q3_K_M",
-    "Q3_K_L",
-    "Q4_K_S",
-    "Q4_K_M",
-    "Q5_K_S",
-    "Q5_K_M",
-    "IQ2_M",
-    "IQ3_M",
-    "IQ3_XS",
-    "MXFP4_MOE",
-];
+fn targets() -> impl Iterator<Item = &'static str> {
+    let all = TensorType::ALL.iter().copied();
+    all.filter(|kind| is_target(*kind)).map(TensorType::name)
+}
 
-/// The type that a user names, in any case.
-pub fn target(name: &str) -> Result<TensorType, QuantizeError> {
-    let kind = TensorType::from_name(name);
-    match kind {
-        Some(kind) if TARGETS.contains(&kind) => Ok(kind),
-        _ if kind.is_some() || MIXES.iter().any(|mix| mix.eq_ignore_ascii_case(name)) => {
-            Err(QuantizeError::NotBuilt {
-                name: name.to_ascii_uppercase(),
-            })
-        }
-        _ => Err(QuantizeError::UnknownType {
-            name: name.to_owned(),
-        }),
-    }
+/// Whether weights can be written in this type (the cases of `ggml_quantize_chunk`).
+pub fn is_target(kind: TensorType) -> bool {
+    use TensorType as T;
+    !matches!(
+        kind,
+        T::Q8_1 | T::Q8_K | T::I8 | T::I16 | T::I32 | T::I64 | T::F64
+    )
 }
 
 /// The largest finite f16 is 65504; from 65520 on, rounding gives infinity.
 const F16_OVERFLOW: f32 = 65520.0;
 
+/// No block with an f16 scale holds more than this: 65504 · 128 · 32 is the most that Q6_K can say. The kernels that
+/// search a codebook abort on the infinities that they would get from much larger values.
+const BLOCK_OVERFLOW: f32 = (1u32 << 28) as f32;
+
+/// The most that a sum over a row of weight · x³ may come to, so that no kernel gets infinities: less than f32's
+/// largest by a factor of 2⁸, the length of a block.
+const IMPORTANCE_OVERFLOW: f32 = 1e36;
+
 /// Appends `rows` of `row` elements each to `out`, in blocks of `kind`.
-pub fn quantize(kind: TensorType, rows: &[f32], row: usize, out: &mut Vec<u8>) -> Result<(), QuantizeError> {
-    if !TARGETS.contains(&kind) {
-        return Err(QuantizeError::NotBuilt {
-            name: kind.name().into(),
-        });
+///
+/// `importance` has the weight of every column (llama.cpp's importance matrix), one row long. Without it the kernels
+/// weigh by magnitude. F32, F16, BF16, the ternary types and MXFP4 do not look at it.
+pub fn quantize(
+    kind: TensorType,
+    rows: &[f32],
+    row: usize,
+    importance: Option<&[f32]>,
+    out: &mut Vec<u8>,
+) -> Result<(), QuantizeError> {
+    if !is_target(kind) {
+        return Err(QuantizeError::NoTarget { name: kind.name() });
     }
     let bytes = whole_rows(kind, rows.len(), row)?;
-    if let Some(index) = rows.iter().position(|value| !value.is_finite()) {
-        return Err(QuantizeError::NotFinite {
-            index,
-            value: rows[index].to_string(),
-        });
-    }
-    if kind == TensorType::F16
-        && let Some(index) = rows.iter().position(|value| value.abs() >= F16_OVERFLOW)
-    {
-        return Err(QuantizeError::Overflow {
+    let largest = largest(rows)?;
+    let overflow = || {
+        let index = rows.iter().position(|value| value.abs() == largest).unwrap_or(0);
+        QuantizeError::Overflow {
             index,
             value: rows[index].to_string(),
             kind: kind.name(),
-        });
+        }
+    };
+    let limit = match kind {
+        TensorType::F16 => F16_OVERFLOW,
+        TensorType::F32 | TensorType::BF16 | TensorType::MXFP4 => f32::INFINITY,
+        _ => BLOCK_OVERFLOW,
+    };
+    if largest >= limit {
+        return Err(overflow());
     }
-    let start = out.len();
-    out.resize(start + bytes, 0);
+    match importance {
+        Some(importance) => check_importance(importance, row, largest)?,
+        None if matches!(kind, TensorType::IQ2_XXS | TensorType::IQ2_XS | TensorType::IQ1_S) => {
+            return Err(QuantizeError::NeedsImatrix { kind: kind.name() });
+        }
+        None => {}
+    }
     if rows.is_empty() {
         return Ok(());
     }
+    let start = out.len();
+    out.resize(start + bytes, 0);
     // SAFETY: `out` has room for exactly the bytes that these rows take in this type (`whole_rows`; the table
-    // of types is tested against ggml), the rows are whole blocks of finite numbers, and none of the target
-    // types needs an importance matrix.
+    // of types is tested against ggml), the rows are whole blocks of finite numbers, and the importance is a row
+    // long, or null where the kernel can do without.
     #[expect(unsafe_code, reason = "ggml is C")]
-    let written = unsafe {
-        llama_cpp_sys_2::ggml_quantize_chunk(
-            kind.id() as llama_cpp_sys_2::ggml_type,
+    let valid = unsafe {
+        let blocks = out[start..].as_mut_ptr().cast();
+        let id = kind.id() as llama_cpp_sys_2::ggml_type;
+        let written = llama_cpp_sys_2::ggml_quantize_chunk(
+            id,
             rows.as_ptr(),
-            out[start..].as_mut_ptr().cast(),
+            blocks,
             0,
             (rows.len() / row) as i64,
             row as i64,
-            std::ptr::null(),
-        )
+            importance.map_or(std::ptr::null(), <[f32]>::as_ptr),
+        );
+        debug_assert_eq!(written, bytes);
+        llama_cpp_sys_2::ggml_validate_row_data(id, blocks, bytes)
     };
-    debug_assert_eq!(written, bytes);
+    if valid { Ok(()) } else { Err(overflow()) }
+}
+
+/// The largest magnitude. An element that is not finite is an error.
+fn largest(rows: &[f32]) -> Result<f32, QuantizeError> {
+    let mut largest = 0.0f32;
+    for (at, chunk) in rows.chunks(1024).enumerate() {
+        // NaN compares false with everything, so both ways of being not finite leave `finite` false.
+        let mut finite = true;
+        for value in chunk {
+            let size = value.abs();
+            finite &= size < f32::INFINITY;
+            largest = if size > largest { size } else { largest };
+        }
+        if !finite && let Some(within) = chunk.iter().position(|value| !value.is_finite()) {
+            return Err(QuantizeError::NotFinite {
+                index: at * 1024 + within,
+                value: chunk[within].to_string(),
+            });
+        }
+    }
+    Ok(largest)
+}
+
+fn check_importance(importance: &[f32], row: usize, largest: f32) -> Result<(), QuantizeError> {
+    let bad = |why: String| Err(QuantizeError::Importance { why });
+    if importance.len() != row {
+        return bad(format!("has {} columns, the tensor {row}", importance.len()));
+    }
+    if let Some(at) = importance
+        .iter()
+        .position(|weight| !(weight.is_finite() && *weight >= 0.0))
+    {
+        return bad(format!("has {} at column {at}", importance[at]));
+    }
+    let most = importance.iter().copied().fold(0.0, f32::max);
+    if most * largest.max(1.0).powi(3) > IMPORTANCE_OVERFLOW {
+        return bad(format!("has {most:e}, too much for weights of {largest:e}"));
+    }
     Ok(())
 }
 
@@ -216,55 +312,33 @@ mod tests {
     use super::*;
 
     #[test]
-    fn types_are_spelled_in_any_case_and_others_are_named() {
-        assert_eq!(target("q8_0"), Ok(TensorType::Q8_0));
-        assert_eq!(target("Bf16"), Ok(TensorType::BF16));
-        assert_eq!(
-            target("q4_k_m"),
-            Err(QuantizeError::NotBuilt {
-                name: "Q4_K_M".into()
-            })
-        );
-        assert_eq!(
-            target("IQ4_NL"),
-            Err(QuantizeError::NotBuilt {
-                name: "IQ4_NL".into()
-            })
-        );
-        assert_eq!(
-            target("Q9_9"),
-            Err(QuantizeError::UnknownType { name: "Q9_9".into() })
-        );
-    }
-
-    #[test]
     fn what_ggml_would_abort_on_or_spoil_is_an_error() {
         let mut out = Vec::new();
         let rows = vec![0.5; 64];
         assert!(matches!(
-            quantize(TensorType::Q8_0, &rows, 48, &mut out),
+            quantize(TensorType::Q8_0, &rows, 48, None, &mut out),
             Err(QuantizeError::Row { .. })
         ));
         assert!(matches!(
-            quantize(TensorType::Q8_0, &rows, 16, &mut out),
+            quantize(TensorType::Q8_0, &rows, 16, None, &mut out),
             Err(QuantizeError::Row { .. })
         ));
         assert!(matches!(
-            quantize(TensorType::Q4_K, &rows, 64, &mut out),
-            Err(QuantizeError::NotBuilt { .. })
+            quantize(TensorType::Q8_K, &rows, 64, None, &mut out),
+            Err(QuantizeError::NoTarget { .. })
         ));
         let mut bad = rows.clone();
         bad[7] = f32::NAN;
         assert!(matches!(
-            quantize(TensorType::F32, &bad, 64, &mut out),
+            quantize(TensorType::F32, &bad, 64, None, &mut out),
             Err(QuantizeError::NotFinite { index: 7, .. })
         ));
         bad[7] = 70000.0;
         assert!(matches!(
-            quantize(TensorType::F16, &bad, 64, &mut out),
+            quantize(TensorType::F16, &bad, 64, None, &mut out),
             Err(QuantizeError::Overflow { .. })
         ));
-        quantize(TensorType::BF16, &bad, 64, &mut out).unwrap();
+        quantize(TensorType::BF16, &bad, 64, None, &mut out).unwrap();
         assert!(matches!(
             dequantize(TensorType::Q8_1, &[0; 36], 32, &mut [0.0; 32]),
             Err(QuantizeError::Opaque { .. })
@@ -275,7 +349,7 @@ mod tests {
     fn q8_0_comes_back_within_half_a_step() {
         let rows: Vec<f32> = (0..256).map(|i| (i as f32 * 0.37).sin()).collect();
         let mut blocks = Vec::new();
-        quantize(TensorType::Q8_0, &rows, 64, &mut blocks).unwrap();
+        quantize(TensorType::Q8_0, &rows, 64, None, &mut blocks).unwrap();
         let mut back = vec![0.0; 256];
         dequantize(TensorType::Q8_0, &blocks, 64, &mut back).unwrap();
         for (a, b) in rows.iter().zip(&back) {

@@ -417,7 +417,7 @@ fn dry_run_prints_the_table_and_writes_nothing() {
         .find(|line| line.starts_with("blk.1.attn_q.weight"))
         .unwrap();
     assert!(
-        line.contains("Q8_0") && line.contains("32×32") && line.ends_with("q_proj.weight + adapter"),
+        line.contains("Q8_0") && line.contains("32×32") && line.ends_with("adapter merged"),
         "{line}"
     );
     assert!(names(scratch.path()).is_empty());
@@ -433,16 +433,28 @@ fn dry_run_prints_the_table_and_writes_nothing() {
 }
 
 #[test]
-fn types_that_are_not_built_are_usage_errors_that_list_the_built_ones() {
+fn unknown_types_are_usage_errors_that_list_the_known_ones() {
     let base = fixture("tied");
-    for name in ["Q4_K_M", "iq4_nl", "Q9"] {
-        let output = pipit_convert(&["model", text(&base), "-t", name, "-o", "x.gguf"]);
+    for (flag, value, known) in [
+        ("-t", "Q9", "it knows F32, F16, BF16, Q8_0, Q6_K, Q5_K_M"),
+        ("-t", "NVFP4", "--tensor-type '.*=NVFP4'"),
+        (
+            "--token-embedding-type",
+            "Q8_K",
+            "ggml quantises to F32, F16, Q4_0",
+        ),
+        (
+            "--output-tensor-type",
+            "Q4_K_M",
+            "ggml quantises to F32, F16, Q4_0",
+        ),
+        ("--tensor-type", "attn_q", "it is not REGEX=TYPE"),
+        ("--tensor-type", "attn_(q=Q8_0", "unclosed group"),
+    ] {
+        let output = pipit_convert(&["model", text(&base), flag, value, "--dry-run"]);
         assert_eq!(output.status.code(), Some(2));
         let message = stderr(&output);
-        assert!(
-            message.contains("built so far: F32, F16, BF16, Q8_0"),
-            "{message}"
-        );
+        assert!(message.contains(value) && message.contains(known), "{message}");
     }
     assert_eq!(pipit_convert(&["model"]).status.code(), Some(2));
     assert_eq!(pipit_convert(&[]).status.code(), Some(2));

@@ -2,7 +2,8 @@
 
 use std::io::Write;
 
-use pipit_convert::{arch, quantize, vocab};
+use pipit_convert::quantize::FileType;
+use pipit_convert::{arch, vocab};
 use serde_json::json;
 
 use super::Context;
@@ -15,7 +16,7 @@ use super::Context;
 pub(super) struct Args {}
 
 pub(super) fn run(_: &Args, context: &Context) -> anyhow::Result<()> {
-    let types: Vec<_> = quantize::TARGETS.iter().map(|kind| kind.name()).collect();
+    let types: Vec<_> = FileType::ALL.iter().map(|file| file.name()).collect();
     let tokenizers: Vec<_> = vocab::pre::ALL.iter().map(|pre| pre.name).collect();
     let mut stdout = std::io::stdout().lock();
     if context.json {

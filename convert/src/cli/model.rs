@@ -1,17 +1,19 @@
 //! `pipit-convert model`
 
+mod recipe;
+mod table;
+
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::bail;
 use pipit_convert::adapter::PeftAdapter;
-use pipit_convert::gguf::TensorType;
 use pipit_convert::merge::ScaledAdapter;
 use pipit_convert::model::{Plan, SourceModel};
-use pipit_convert::quantize;
 use serde_json::json;
 
+use self::recipe::RecipeArgs;
 use super::bar::Bar;
 use super::{Context, check_output, size};
 
@@ -25,16 +27,15 @@ use super::{Context, check_output, size};
   pipit-convert model smollm2 -o smollm2.gguf
   pipit-convert model smollm2 --adapter run -t Q8_0 -o smart-home.gguf
   pipit-convert model smollm2 --adapter style=0.5 --adapter run -t F16 -o mixed.gguf
-  pipit-convert model smollm2 -t BF16 --dry-run")]
+  pipit-convert model smollm2 -t Q4_K_M --dry-run")]
 pub(super) struct Args {
     /// A Hugging Face checkpoint folder, or a GGUF file (whose quantised weights are then rounded again)
     checkpoint: PathBuf,
     /// The file to write
     #[arg(short, long, value_name = "OUT.gguf", required_unless_present = "dry_run")]
     output: Option<PathBuf>,
-    /// The type of the matrices: F32, F16, BF16 or Q8_0, in any case. Vectors are always F32
-    #[arg(short = 't', long = "type", value_name = "TYPE", default_value = "Q8_0", value_parser = parse_type)]
-    kind: TensorType,
+    #[command(flatten)]
+    recipe: RecipeArgs,
     /// A PEFT adapter folder to merge; =SCALE multiplies its own scale. Can be given several times
     #[arg(long = "adapter", value_name = "DIR[=SCALE]")]
     adapters: Vec<String>,
@@ -44,10 +45,6 @@ pub(super) struct Args {
     /// Replace the file if it exists
     #[arg(long)]
     force: bool,
-}
-
-fn parse_type(name: &str) -> Result<TensorType, quantize::QuantizeError> {
-    quantize::target(name)
 }
 
 /// `DIR` or `DIR=SCALE`. A folder whose own name has a `=` is found too.
@@ -78,9 +75,9 @@ pub(super) fn run(args: &Args, context: &Context) -> anyhow::Result<()> {
         .iter()
         .map(|text| open_adapter(text))
         .collect::<anyhow::Result<Vec<_>>>()?;
-    let mut plan = Plan::new(&model, &adapters, args.kind)?;
+    let mut plan = Plan::new(&model, &adapters, &args.recipe.recipe())?;
     let Some(output) = args.output.as_ref().filter(|_| !args.dry_run) else {
-        return print_plan(&plan, context);
+        return table::print(&plan, context);
     };
     plan.add_provenance(&adapters)?;
     let merged = plan.table().iter().filter(|tensor| tensor.merged).count();
@@ -90,7 +87,7 @@ pub(super) fn run(args: &Args, context: &Context) -> anyhow::Result<()> {
     let mut stdout = std::io::stdout().lock();
     if context.json {
         let report = json!({
-            "output": output, "architecture": plan.architecture.name, "type": args.kind.name(), "tensors": tensors,
+            "output": output, "architecture": plan.architecture.name, "type": args.recipe.file.name(), "tensors": tensors,
             "merged": merged, "bytes": bytes, "seconds": seconds,
         });
         writeln!(stdout, "{report}")?;
@@ -105,39 +102,8 @@ pub(super) fn run(args: &Args, context: &Context) -> anyhow::Result<()> {
             "{}: {} of {}, {tensors} tensors{merges}, in {seconds:.1} s",
             output.display(),
             size(bytes),
-            args.kind
+            args.recipe.file
         )?;
     }
-    Ok(())
-}
-
-fn print_plan(plan: &Plan<'_>, context: &Context) -> anyhow::Result<()> {
-    let (table, bytes) = (plan.table(), plan.file_size()?);
-    let mut stdout = std::io::stdout().lock();
-    if context.json {
-        let report = json!({"architecture": plan.architecture.name, "bytes": bytes, "tensors": table});
-        writeln!(stdout, "{report}")?;
-        return Ok(());
-    }
-    let width = table.iter().map(|tensor| tensor.name.len()).max().unwrap_or(0);
-    for tensor in &table {
-        let dimensions: Vec<_> = tensor.dimensions.iter().map(u64::to_string).collect();
-        let from = tensor.from.as_deref().unwrap_or("(computed)");
-        let adapter = if tensor.merged { " + adapter" } else { "" };
-        writeln!(
-            stdout,
-            "{:width$}  {:5} {:>14}  {:>10}  {from}{adapter}",
-            tensor.name,
-            tensor.kind,
-            dimensions.join("×"),
-            size(tensor.bytes),
-        )?;
-    }
-    writeln!(
-        stdout,
-        "{} tensors, {} (without provenance); nothing was written",
-        table.len(),
-        size(bytes)
-    )?;
     Ok(())
 }

@@ -13,18 +13,9 @@ use super::{ModelError, SourceModel};
 use crate::adapter::PeftAdapter;
 use crate::arch::Architecture;
 use crate::checkpoint::{Checkpoint, read_json_object};
-use crate::gguf::{Array, TensorType, Value};
+use crate::gguf::{Array, Value};
 use crate::merge::ScaledAdapter;
-
-/// llama.cpp's `LLAMA_FTYPE_*`.
-fn file_type(kind: TensorType) -> u32 {
-    match kind {
-        TensorType::F16 => 1,
-        TensorType::Q8_0 => 7,
-        TensorType::BF16 => 32,
-        _ => 0,
-    }
-}
+use crate::quantize::FileType;
 
 /// What a GGUF file says of how it is stored, rather than of the model.
 const OF_THE_FILE: &[&str] = &[
@@ -39,7 +30,7 @@ const OF_THE_FILE: &[&str] = &[
 pub(super) fn general(
     model: &SourceModel,
     arch: &Architecture,
-    kind: TensorType,
+    file: FileType,
     parameters: u64,
 ) -> Result<Vec<(String, Value)>, ModelError> {
     let mut keys: Vec<(String, Value)> = vec![
@@ -57,7 +48,7 @@ pub(super) fn general(
         }
     }
     keys.push(("general.quantization_version".into(), Value::U32(2)));
-    keys.push(("general.file_type".into(), file_type(kind).into()));
+    keys.push(("general.file_type".into(), file.number().into()));
     Ok(keys)
 }
 

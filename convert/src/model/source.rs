@@ -7,7 +7,7 @@ use serde_json::{Map, Value as Json};
 
 use super::ModelError;
 use crate::arch::{self, Architecture, RowOrder, TensorRule};
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, Dtype};
 use crate::gguf::{Gguf, TensorType};
 use crate::import;
 use crate::quantize;
@@ -107,6 +107,20 @@ impl SourceModel {
                 Ok(())
             }
         }
+    }
+
+    /// The type that a tensor is stored in; F32 where GGUF has no such type.
+    pub(super) fn stored_type(&self, rule: &TensorRule) -> Result<TensorType, ModelError> {
+        Ok(match &self.weights {
+            Weights::Folder(checkpoint) => match checkpoint.tensor(&rule.hf)?.dtype {
+                Dtype::F16 => TensorType::F16,
+                Dtype::BF16 => TensorType::BF16,
+                _ => TensorType::F32,
+            },
+            Weights::File(gguf) => gguf
+                .tensor(&rule.gguf)
+                .map_or(TensorType::F32, |tensor| tensor.kind),
+        })
     }
 
     /// Rows of a tensor in the order of the GGUF file, `columns` elements each, from row `first` on. The elements

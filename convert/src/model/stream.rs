@@ -5,7 +5,8 @@ use std::path::Path;
 
 use rayon::prelude::*;
 
-use super::{Job, ModelError, Plan, Source};
+use super::plan::{Job, Source};
+use super::{ModelError, Plan};
 use crate::gguf::{GgufError, Writer};
 use crate::output::OutputFile;
 use crate::progress::Progress;
@@ -98,12 +99,12 @@ impl Plan<'_> {
             }
         }
         let mut out = Vec::new();
-        quantize::quantize(job.kind, &values, columns, &mut out).map_err(|source: QuantizeError| {
-            ModelError::Quantize {
+        quantize::quantize(job.choice.kind, &values, columns, None, &mut out).map_err(
+            |source: QuantizeError| ModelError::Quantize {
                 tensor: job.name().to_owned(),
                 source: source.after(first * columns),
-            }
-        })?;
+            },
+        )?;
         Ok(out)
     }
 }

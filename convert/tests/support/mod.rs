@@ -10,6 +10,7 @@ use pipit_convert::gguf::{Gguf, TensorType};
 use pipit_convert::merge::ScaledAdapter;
 use pipit_convert::model::{ModelError, Plan, SourceModel};
 use pipit_convert::progress::Silent;
+use pipit_convert::quantize::{FileType, Recipe};
 
 pub(crate) fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -25,7 +26,8 @@ pub(crate) fn convert(
     out: &Path,
 ) -> Result<Gguf, ModelError> {
     let model = SourceModel::open(dir)?;
-    let mut plan = Plan::new(&model, adapters, kind)?;
+    let recipe = Recipe::new(FileType::from_name(kind.name()).unwrap());
+    let mut plan = Plan::new(&model, adapters, &recipe)?;
     plan.add_provenance(adapters)?;
     let size = plan.write(out, &Silent)?;
     let gguf = Gguf::open(out).unwrap();

@@ -1,0 +1,265 @@
+//! The plan: every tensor's name, type, shape and place, before a weight is touched.
+
+use super::{ModelError, SourceModel, metadata};
+use crate::arch::{self, Architecture, TensorRule};
+use crate::gguf::{Array, GgufError, Header, TensorPlan, TensorType, Value};
+use crate::merge::{Merge, ScaledAdapter};
+use crate::quantize::{Candidate, Choice, ModelFacts, Recipe, Repack};
+
+/// All that is known before a tensor is touched.
+#[derive(Debug)]
+pub struct Plan<'a> {
+    pub(super) model: &'a SourceModel,
+    pub(super) merge: Merge<'a>,
+    pub(super) jobs: Vec<Job>,
+    /// The header of the file.
+    pub header: Header,
+    /// The architecture.
+    pub architecture: &'static Architecture,
+}
+
+/// One tensor on its way.
+#[derive(Debug)]
+pub(super) struct Job {
+    pub(super) source: Source,
+    pub(super) choice: Choice,
+    /// The length of a row, and the number of rows, as they are streamed.
+    pub(super) columns: usize,
+    pub(super) rows: usize,
+}
+
+#[derive(Debug)]
+pub(super) enum Source {
+    Checkpoint(TensorRule),
+    Extra { gguf: String, values: Vec<f32> },
+}
+
+impl Source {
+    pub(super) fn name(&self) -> &str {
+        match self {
+            Self::Checkpoint(rule) => &rule.gguf,
+            Self::Extra { gguf, .. } => gguf,
+        }
+    }
+
+    /// The dimensions in ggml's order.
+    fn dimensions(&self) -> Vec<u64> {
+        match self {
+            Self::Checkpoint(rule) => rule.dimensions(),
+            Self::Extra { values, .. } => vec![values.len() as u64],
+        }
+    }
+
+    /// Rows and columns, as they are streamed.
+    fn rows_and_columns(&self) -> (usize, usize) {
+        match self {
+            Self::Extra { values, .. } => (1, values.len()),
+            Self::Checkpoint(rule) => rule.rows_and_columns(),
+        }
+    }
+}
+
+/// One row of the plan's table.
+#[derive(Debug, Clone, PartialEq, serde::Serialize)]
+pub struct PlannedTensor {
+    /// The name in the GGUF file.
+    pub name: String,
+    /// The name in the checkpoint, if it comes from there.
+    pub from: Option<String>,
+    /// The dimensions in ggml's order.
+    pub dimensions: Vec<u64>,
+    /// The type.
+    #[serde(rename = "type")]
+    pub kind: &'static str,
+    /// The type that the recipe asks for, before the shape is looked at.
+    pub asked: &'static str,
+    /// The rule of the recipe that asks for it; nothing where it is the recipe's own type.
+    pub rule: Option<String>,
+    /// Why the type is not the one that was asked for, if it is not.
+    pub fallback: Option<String>,
+    /// The number of bytes.
+    pub bytes: u64,
+    /// Bits per weight.
+    pub bits: f64,
+    /// Whether ARM cores with dotprod rearrange it; nothing where no matrix is multiplied with it.
+    pub repacked: Option<Repack>,
+    /// Whether an adapter is merged into it.
+    pub merged: bool,
+}
+
+impl<'a> Plan<'a> {
+    /// Plans the file: reads configuration and vocabulary, pairs every tensor of the checkpoint with its place, and
+    /// chooses its type by the recipe.
+    pub fn new(
+        model: &'a SourceModel,
+        adapters: &'a [ScaledAdapter],
+        recipe: &Recipe,
+    ) -> Result<Self, ModelError> {
+        let arch_error = |source| ModelError::Arch {
+            path: model.path().to_path_buf(),
+            source,
+        };
+        let config = model.config();
+        let arch = arch::of_config(config).map_err(arch_error)?;
+        let rules = (arch.tensors)(config).map_err(arch_error)?;
+        model.check_tensors(arch, &rules)?;
+        let vocab = model.vocab()?;
+        let merge = Merge::new(adapters, &rules)?;
+        let extra = (arch.extra_tensors)(config).map_err(arch_error)?;
+        let extra = extra.into_iter().map(|tensor| Source::Extra {
+            gguf: tensor.gguf,
+            values: tensor.values,
+        });
+        let sources: Vec<_> = extra.chain(rules.into_iter().map(Source::Checkpoint)).collect();
+        let own_keys = (arch.metadata)(config).map_err(arch_error)?;
+        let jobs = jobs(model, sources, recipe, &facts(arch.name, &own_keys))?;
+        let parameters = jobs.iter().map(|job| (job.rows * job.columns) as u64).sum();
+        let mut keys = metadata::general(model, arch, recipe.file, parameters)?;
+        keys.extend(own_keys);
+        keys.extend(vocab.to_metadata());
+        let tensors = jobs.iter().map(Job::plan).collect();
+        Ok(Self {
+            model,
+            merge,
+            jobs,
+            header: Header {
+                metadata: keys,
+                tensors,
+            },
+            architecture: arch,
+        })
+    }
+
+    /// Adds the `pipit.*` keys: which files this was made of, by sha256. Reads them all once.
+    pub fn add_provenance(&mut self, adapters: &[ScaledAdapter]) -> Result<(), ModelError> {
+        self.header
+            .metadata
+            .extend(metadata::provenance(self.model, adapters)?);
+        Ok(())
+    }
+
+    /// What will be written, tensor by tensor.
+    pub fn table(&self) -> Vec<PlannedTensor> {
+        let tied = !self.jobs.iter().any(|job| job.name() == "output.weight");
+        let rows = self.jobs.iter().zip(&self.header.tensors);
+        rows.map(|(job, tensor)| {
+            let from = match &job.source {
+                Source::Checkpoint(rule) => Some(rule.hf.clone()),
+                Source::Extra { .. } => None,
+            };
+            let bytes = tensor.size().unwrap_or(0);
+            let Choice {
+                kind, asked, rule, ..
+            } = &job.choice;
+            PlannedTensor {
+                name: tensor.name.clone(),
+                merged: from.as_deref().is_some_and(|name| self.merge.changes(name)),
+                from,
+                dimensions: tensor.dimensions.clone(),
+                kind: kind.name(),
+                asked: asked.name(),
+                rule: rule.clone(),
+                fallback: job.choice.fallback(job.columns as u64),
+                bytes,
+                bits: bytes as f64 * 8.0 / (job.rows * job.columns).max(1) as f64,
+                repacked: Repack::of(&tensor.name, &tensor.dimensions, *kind, tied),
+            }
+        })
+        .collect()
+    }
+
+    /// The size that the file will have.
+    pub fn file_size(&self) -> Result<u64, GgufError> {
+        self.header.file_size()
+    }
+}
+
+impl Job {
+    pub(super) fn name(&self) -> &str {
+        self.source.name()
+    }
+
+    fn plan(&self) -> TensorPlan {
+        TensorPlan {
+            name: self.name().to_owned(),
+            dimensions: self.source.dimensions(),
+            kind: self.choice.kind,
+        }
+    }
+}
+
+/// Every tensor with its type.
+fn jobs(
+    model: &SourceModel,
+    sources: Vec<Source>,
+    recipe: &Recipe,
+    facts: &ModelFacts,
+) -> Result<Vec<Job>, ModelError> {
+    let dimensions: Vec<_> = sources.iter().map(Source::dimensions).collect();
+    let mut candidates = Vec::with_capacity(sources.len());
+    for (source, dimensions) in sources.iter().zip(&dimensions) {
+        let (stored, always_f32) = match source {
+            Source::Checkpoint(rule) => (model.stored_type(rule)?, rule.always_f32),
+            Source::Extra { .. } => (TensorType::F32, true),
+        };
+        candidates.push(Candidate {
+            name: source.name(),
+            dimensions,
+            stored,
+            always_f32,
+        });
+    }
+    let choices = recipe
+        .choose(facts, false, &candidates)
+        .map_err(ModelError::Recipe)?;
+    if let Some((tensor, choice)) = candidates
+        .iter()
+        .zip(&choices)
+        .find(|(_, choice)| choice.needs_imatrix)
+    {
+        return Err(ModelError::NeedsImatrix {
+            tensor: tensor.name.to_owned(),
+            kind: choice.kind.name(),
+            hint: "pipit-convert imatrix makes one, --imatrix F uses it",
+        });
+    }
+    let jobs = sources.into_iter().zip(choices).map(|(source, choice)| {
+        let (rows, columns) = source.rows_and_columns();
+        Job {
+            source,
+            choice,
+            columns,
+            rows,
+        }
+    });
+    Ok(jobs.collect())
+}
+
+/// What the mixes want to know, out of the keys that the file will have.
+fn facts(arch: &str, keys: &[(String, Value)]) -> ModelFacts {
+    let get = |key: &str| {
+        let key = format!("{arch}.{key}");
+        keys.iter().find(|(name, _)| *name == key).map(|(_, value)| value)
+    };
+    // One number for all layers, or one for each.
+    let per_layer = |key: &str| -> Vec<u64> {
+        match get(key) {
+            Some(Value::Array(Array::U32(values))) => values.iter().map(|n| u64::from(*n)).collect(),
+            Some(Value::Array(Array::I32(values))) => values.iter().map(|n| (*n).max(0) as u64).collect(),
+            Some(value) => value.as_u64().into_iter().collect(),
+            None => Vec::new(),
+        }
+    };
+    let heads = per_layer("attention.head_count");
+    let shared = match per_layer("attention.head_count_kv") {
+        none if none.is_empty() => heads.clone(),
+        some => some,
+    };
+    let first = |values: &[u64]| values.first().copied().unwrap_or(0);
+    ModelFacts {
+        arch: arch.to_owned(),
+        layers: get("block_count").and_then(Value::as_u64).unwrap_or(0) as usize,
+        gqa: first(&heads).checked_div(first(&shared)).unwrap_or(0) as usize,
+        grouped: first(&heads) != first(&shared),
+    }
+}
