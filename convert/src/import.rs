@@ -138,14 +138,21 @@ pub fn import(
     };
     let dir = OutputDir::create(out).map_err(write)?;
     let mut files = vocab.to_folder(context);
-    files.push(("config.json", crate::vocab::pretty(&Json::Object(config))));
     files.push((
-        "generation_config.json",
+        "config.json".to_owned(),
+        crate::vocab::pretty(&Json::Object(config)),
+    ));
+    files.push((
+        "generation_config.json".to_owned(),
         crate::vocab::pretty(&Json::Object(generation)),
     ));
-    files.extend(model_card(gguf).map(|text| ("README.md", text)));
+    files.extend(model_card(gguf).map(|text| ("README.md".to_owned(), text)));
     for (name, text) in files {
-        std::fs::write(dir.path().join(name), text).map_err(write)?;
+        let path = dir.path().join(name);
+        if let Some(above) = path.parent() {
+            std::fs::create_dir_all(above).map_err(write)?;
+        }
+        std::fs::write(path, text).map_err(write)?;
     }
     let total = jobs.iter().map(|job| bytes(job.rule, kind)).sum();
     progress.start("importing", total);

@@ -303,8 +303,8 @@ fn bad_checkpoints_are_named() {
         &["the pre_tokenizer", "is not supported", "hint:"],
     );
     spoiled(
-        &tokenizer(|t| t["normalizer"] = serde_json::json!({"type": "NFC"})),
-        &["the normalizer", "NFC"],
+        &tokenizer(|t| t["normalizer"] = serde_json::json!({"type": "NFKC"})),
+        &["the normalizer", "NFKC"],
     );
     spoiled(
         &tokenizer(|t| t["model"]["type"] = "Unigram".into()),

@@ -1,26 +1,35 @@
 //! The tokenizer's files of a checkpoint folder.
 
+use std::collections::HashMap;
+
 use serde_json::{Map, Value as Json, json};
 
-use super::{CONTROL, UNUSED, USER_DEFINED, Vocab};
+use super::{CONTROL, Model, UNKNOWN, UNUSED, USER_DEFINED, Vocab};
 
 impl Vocab {
-    /// `tokenizer.json`, `tokenizer_config.json`, `special_tokens_map.json` and, if there is a template,
-    /// `chat_template.jinja`. `context_length` becomes `model_max_length`.
-    pub fn to_folder(&self, context_length: u64) -> Vec<(&'static str, String)> {
+    /// `tokenizer.json`, `tokenizer_config.json`, `special_tokens_map.json` and, if there are templates,
+    /// `chat_template.jinja` and `additional_chat_templates/NAME.jinja`. `context_length` becomes
+    /// `model_max_length`.
+    pub fn to_folder(&self, context_length: u64) -> Vec<(String, String)> {
         let mut files = vec![
-            ("tokenizer.json", pretty(&self.tokenizer_json())),
+            ("tokenizer.json".to_owned(), pretty(&self.tokenizer_json())),
             (
-                "tokenizer_config.json",
+                "tokenizer_config.json".to_owned(),
                 pretty(&self.tokenizer_config(context_length)),
             ),
             (
-                "special_tokens_map.json",
+                "special_tokens_map.json".to_owned(),
                 pretty(&Json::Object(self.special_tokens())),
             ),
         ];
-        if let Some(template) = &self.chat_template {
-            files.push(("chat_template.jinja", template.clone()));
+        if let Some(template) = &self.templates.default {
+            files.push(("chat_template.jinja".to_owned(), template.clone()));
+        }
+        for (name, template) in &self.templates.named {
+            files.push((
+                format!("additional_chat_templates/{name}.jinja"),
+                template.clone(),
+            ));
         }
         files
     }
@@ -32,17 +41,14 @@ impl Vocab {
 
     fn special_tokens(&self) -> Map<String, Json> {
         // `eot` is not a role that transformers knows: generation_config.json has it among the end tokens.
-        let roles = self
-            .special
-            .roles()
-            .into_iter()
-            .filter(|(role, ..)| *role != "eot");
+        let roles = self.special.of_transformers();
         roles
-            .filter_map(|(role, _, id)| Some((format!("{role}_token"), json!(self.text(id)?))))
+            .filter_map(|(role, id)| Some((format!("{role}_token"), json!(self.text(id)?))))
             .collect()
     }
 
-    fn tokenizer_json(&self) -> Json {
+    /// `tokenizer.json`, with which transformers and the tokenizers crate give the identifiers that llama.cpp gives.
+    pub(super) fn tokenizer_json(&self) -> Json {
         let mut vocab = Map::new();
         let mut added = Vec::new();
         for (id, (token, kind)) in self.tokens.iter().zip(&self.kinds).enumerate() {
@@ -52,35 +58,74 @@ impl Vocab {
             }
             // Added tokens stand here too, so that they keep their identifiers whatever the reader does.
             vocab.insert(token.clone(), json!(id));
-            if *kind == CONTROL || *kind == USER_DEFINED {
+            if matches!(*kind, CONTROL | USER_DEFINED | UNKNOWN) {
                 added.push(json!({
                     "id": id, "content": token, "single_word": false, "lstrip": false, "rstrip": false,
-                    "normalized": false, "special": *kind == CONTROL,
+                    "normalized": false, "special": *kind != USER_DEFINED,
                 }));
             }
         }
+        let (normalizer, pre_tokenizer, decoder, merges) = match &self.model {
+            Model::Bpe { pre, merges } => (
+                Json::Null,
+                pre.to_json(),
+                json!({"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true}),
+                json!(merges),
+            ),
+            Model::SentencePiece { scores, .. } => {
+                let (normalizer, decoder) = spaces(self.add_space_prefix.unwrap_or(true));
+                (normalizer, Json::Null, decoder, self.merges(scores))
+            }
+        };
+        let (ignore_merges, sentencepiece) = match &self.model {
+            Model::Bpe { pre, .. } => (pre.ignore_merges, false),
+            Model::SentencePiece { .. } => (false, true),
+        };
         json!({
             "version": "1.0",
             "truncation": null,
             "padding": null,
             "added_tokens": added,
-            "normalizer": null,
-            "pre_tokenizer": self.pre.to_json(),
+            "normalizer": normalizer,
+            "pre_tokenizer": pre_tokenizer,
             "post_processor": self.post_processor(),
-            "decoder": {"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true},
+            "decoder": decoder,
             "model": {
                 "type": "BPE",
                 "dropout": null,
-                "unk_token": null,
+                "unk_token": self.text(self.special.unk).filter(|_| sentencepiece),
                 "continuing_subword_prefix": null,
                 "end_of_word_suffix": null,
-                "fuse_unk": false,
-                "byte_fallback": false,
-                "ignore_merges": self.pre.ignore_merges,
+                "fuse_unk": sentencepiece,
+                "byte_fallback": sentencepiece,
+                "ignore_merges": ignore_merges,
                 "vocab": vocab,
-                "merges": self.merges,
+                "merges": merges,
             },
         })
+    }
+
+    /// Every pair of tokens whose joint text is a token, the highest score first: the order in which llama.cpp merges.
+    fn merges(&self, scores: &[f32]) -> Json {
+        let ids: HashMap<&str, usize> = self.tokens.iter().map(String::as_str).zip(0..).collect();
+        let mut merges: Vec<(f32, usize, &str, &str)> = Vec::new();
+        for (id, (token, kind)) in self.tokens.iter().zip(&self.kinds).enumerate() {
+            // These are found before anything is merged.
+            if matches!(*kind, CONTROL | USER_DEFINED | UNKNOWN) {
+                continue;
+            }
+            for (at, _) in token.char_indices().skip(1) {
+                let (left, right) = token.split_at(at);
+                if ids.contains_key(left) && ids.contains_key(right) {
+                    merges.push((scores.get(id).copied().unwrap_or(0.0), id, left, right));
+                }
+            }
+        }
+        merges.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
+        merges
+            .into_iter()
+            .map(|(_, _, left, right)| json!([left, right]))
+            .collect()
     }
 
     /// Adds the tokens that begin and end a text, if any.
@@ -127,11 +172,31 @@ impl Vocab {
         config.insert("model_max_length".into(), json!(context_length));
         // The class that takes everything from tokenizer.json; the model's own class would cut text anew.
         config.insert("tokenizer_class".into(), json!("PreTrainedTokenizerFast"));
-        if let Some(template) = &self.chat_template {
+        if let Some(template) = &self.templates.default {
             config.insert("chat_template".into(), json!(template));
         }
         Json::Object(config)
     }
+}
+
+/// The normalizer that turns spaces into U+2581, with one before every text or not, and the decoder that turns them
+/// back (transformers convert_slow_tokenizer.py, `LlamaConverter`).
+fn spaces(prefix: bool) -> (Json, Json) {
+    let replace = json!({"type": "Replace", "pattern": {"String": " "}, "content": "\u{2581}"});
+    let mut decoders = vec![
+        json!({"type": "Replace", "pattern": {"String": "\u{2581}"}, "content": " "}),
+        json!({"type": "ByteFallback"}),
+        json!({"type": "Fuse"}),
+    ];
+    if !prefix {
+        return (replace, json!({"type": "Sequence", "decoders": decoders}));
+    }
+    decoders.push(json!({"type": "Strip", "content": " ", "start": 1, "stop": 0}));
+    let prepend = json!({"type": "Prepend", "prepend": "\u{2581}"});
+    (
+        json!({"type": "Sequence", "normalizers": [prepend, replace]}),
+        json!({"type": "Sequence", "decoders": decoders}),
+    )
 }
 
 /// JSON with two spaces of indentation and a newline at the end.
