@@ -9,6 +9,7 @@ pub mod arch;
 pub mod checkpoint;
 pub mod gguf;
 pub mod import;
+pub mod llama_cpp;
 pub mod merge;
 pub mod model;
 pub mod output;
