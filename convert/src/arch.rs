@@ -3,14 +3,37 @@
 //!
 //! One file per architecture; [`ALL`] is the list that `pipit-convert archs` prints.
 
+mod decoder;
+pub mod gemma2;
+pub mod gemma3;
+pub mod granite;
+pub mod lfm2;
 pub mod llama;
+pub mod olmo2;
+pub mod phi3;
+pub mod qwen2;
+pub mod qwen3;
+mod rope;
+pub mod smollm3;
+mod table;
 
 use serde_json::{Map, Value as Json};
 
 use crate::gguf::{Gguf, GgufError, Value};
 
 /// All architectures that are built.
-pub const ALL: &[&Architecture] = &[&llama::LLAMA];
+pub const ALL: &[&Architecture] = &[
+    &llama::LLAMA,
+    &qwen2::QWEN2,
+    &qwen3::QWEN3,
+    &gemma2::GEMMA2,
+    &gemma3::GEMMA3,
+    &phi3::PHI3,
+    &smollm3::SMOLLM3,
+    &granite::GRANITE,
+    &olmo2::OLMO2,
+    &lfm2::LFM2,
+];
 
 /// What follows from a `config.json`.
 pub type FromConfig<T> = fn(config: &Map<String, Json>) -> Result<T, ArchError>;
@@ -22,6 +45,10 @@ pub struct Architecture {
     pub name: &'static str,
     /// The names in `architectures` of `config.json`. The first one is written by `import`.
     pub hugging_face: &'static [&'static str],
+    /// The models that people know it by.
+    pub models: &'static str,
+    /// The tiny checkpoints of tests/fixtures/architectures that prove it.
+    pub fixtures: &'static [&'static str],
     /// `config.json` to the tensors that the checkpoint must have.
     pub tensors: FromConfig<Vec<TensorRule>>,
     /// `config.json` to tensors that only the GGUF file has, such as `rope_freqs.weight`.

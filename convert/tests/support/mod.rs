@@ -3,6 +3,8 @@
 #![allow(clippy::unwrap_used, reason = "tests")]
 #![allow(dead_code, reason = "every test program uses a part of it")]
 
+pub(crate) mod llama_cpp;
+
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
