@@ -2,13 +2,16 @@
 //!
 //! Source: <https://github.com/ggml-org/ggml/blob/master/docs/gguf.md> and ggml/src/gguf.cpp.
 
+mod files;
 mod read;
+pub mod split;
 mod tensor_type;
 mod value;
 mod write;
 
 use std::path::PathBuf;
 
+pub use files::{FilesWriter, WrittenFile};
 pub use read::{Gguf, TensorInfo};
 pub use tensor_type::TensorType;
 pub use value::{Array, Value};
@@ -24,6 +27,8 @@ pub const ALIGNMENT: u64 = 32;
 pub const MAX_TENSOR_NAME: usize = 63;
 /// The largest number of dimensions of a tensor.
 pub const MAX_DIMENSIONS: usize = 4;
+/// The longest dimension: much that computes with a file counts in 32 bits.
+pub const MAX_DIMENSION: u64 = i32::MAX as u64;
 
 /// What can be wrong with a GGUF file.
 #[derive(Debug, thiserror::Error)]
@@ -88,6 +93,14 @@ pub enum GgufError {
         path: PathBuf,
         /// The tensor.
         tensor: String,
+    },
+    /// A part of a split file does not belong to the others, or one is missing.
+    #[error("{path}: {why}")]
+    Part {
+        /// The part.
+        path: PathBuf,
+        /// What is wrong with it.
+        why: String,
     },
     /// Something that is about to be written breaks a rule of the format.
     #[error("cannot write this as GGUF: {0}")]

@@ -7,8 +7,10 @@
 pub mod adapter;
 pub mod arch;
 pub mod checkpoint;
+pub mod checksum;
 pub mod gguf;
 pub mod import;
+pub mod json;
 pub mod llama_cpp;
 pub mod merge;
 pub mod model;

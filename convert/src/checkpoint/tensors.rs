@@ -4,11 +4,13 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
-use half::{bf16, f16};
 use memmap2::Mmap;
 use safetensors::{Dtype, SafeTensorError, SafeTensors};
+use serde::de::IgnoredAny;
 
-use super::CheckpointError;
+use super::quantized::Scale;
+use super::{CheckpointError, element};
+use crate::json;
 
 /// The tensors of one or more safetensors files. They stay on disk until they are asked for.
 #[derive(Debug, Default)]
@@ -32,6 +34,9 @@ struct TensorRef {
     end: usize,
 }
 
+/// The longest dimension that is read: what computes with the result counts in 32 bits.
+const MAX_DIMENSION: usize = i32::MAX as usize;
+
 /// One tensor: its type, its shape (outermost dimension first) and its bytes, little-endian, row-major.
 #[derive(Debug, Clone, Copy)]
 pub struct TensorView<'a> {
@@ -43,6 +48,8 @@ pub struct TensorView<'a> {
     pub shape: &'a [usize],
     /// The elements.
     pub bytes: &'a [u8],
+    /// What the elements are multiplied by, if the checkpoint is quantised.
+    pub(super) scale: Option<&'a Scale>,
 }
 
 impl TensorFiles {
@@ -64,6 +71,10 @@ impl TensorFiles {
         // is killed by SIGBUS; that is the price of not copying gigabytes, as in every reader of this format.
         #[expect(unsafe_code, reason = "memory-mapping is unsafe by nature")]
         let bytes = unsafe { Mmap::map(&file) }.map_err(read)?;
+        self.add_mapped(path, bytes)
+    }
+
+    fn add_mapped(&mut self, path: PathBuf, bytes: Mmap) -> Result<(), CheckpointError> {
         let bad = |why: String| CheckpointError::Shard {
             path: path.clone(),
             why,
@@ -77,7 +88,11 @@ impl TensorFiles {
             other => bad(other.to_string()),
         })?;
         let data = header + 8;
+        json::from_slice::<IgnoredAny>(&bytes[8..data]).map_err(|e| bad(format!("its header: {e}")))?;
         for (name, info) in metadata.tensors() {
+            if info.shape.iter().any(|n| *n > MAX_DIMENSION) {
+                return Err(bad(format!("tensor {name} has the shape {:?}", info.shape)));
+            }
             let at = TensorRef {
                 shard: self.shards.len(),
                 dtype: info.dtype,
@@ -132,6 +147,7 @@ impl TensorFiles {
             dtype: at.dtype,
             shape: &at.shape,
             bytes: &self.shards[at.shard].bytes[at.start..at.end],
+            scale: None,
         })
     }
 }
@@ -142,7 +158,18 @@ impl TensorView<'_> {
         self.shape.iter().product()
     }
 
-    /// All elements as f32. F16 and BF16 are widened exactly.
+    /// Whether the elements can be turned into numbers.
+    pub fn check_dtype(&self) -> Result<(), CheckpointError> {
+        if element::readable(self.dtype, self.scale.is_some()) {
+            return Ok(());
+        }
+        Err(CheckpointError::Dtype {
+            tensor: self.name.to_owned(),
+            dtype: self.dtype,
+        })
+    }
+
+    /// All elements as f32. Every type that is read is widened exactly; scales are multiplied in f32.
     pub fn to_f32(&self) -> Result<Vec<f32>, CheckpointError> {
         let mut out = vec![0.0; self.elements()];
         self.read_f32(0, &mut out)?;
@@ -154,29 +181,10 @@ impl TensorView<'_> {
     /// # Panics
     /// When the range leaves the tensor.
     pub fn read_f32(&self, start: usize, out: &mut [f32]) -> Result<(), CheckpointError> {
-        let end = start + out.len();
-        match self.dtype {
-            Dtype::F32 => {
-                for (value, raw) in out.iter_mut().zip(self.bytes[start * 4..end * 4].chunks_exact(4)) {
-                    *value = f32::from_le_bytes([raw[0], raw[1], raw[2], raw[3]]);
-                }
-            }
-            Dtype::F16 => {
-                for (value, raw) in out.iter_mut().zip(self.bytes[start * 2..end * 2].chunks_exact(2)) {
-                    *value = f16::from_le_bytes([raw[0], raw[1]]).to_f32();
-                }
-            }
-            Dtype::BF16 => {
-                for (value, raw) in out.iter_mut().zip(self.bytes[start * 2..end * 2].chunks_exact(2)) {
-                    *value = bf16::from_le_bytes([raw[0], raw[1]]).to_f32();
-                }
-            }
-            dtype => {
-                return Err(CheckpointError::Dtype {
-                    tensor: self.name.to_owned(),
-                    dtype,
-                });
-            }
+        self.check_dtype()?;
+        element::read(self.dtype, self.bytes, start, out);
+        if let Some(scale) = self.scale {
+            scale.apply(self.shape.last().copied().unwrap_or(1), start, out);
         }
         Ok(())
     }

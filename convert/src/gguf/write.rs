@@ -5,7 +5,7 @@ use std::collections::HashSet;
 use std::io::{self, Write};
 
 use super::{
-    ALIGNMENT, Array, GgufError, MAGIC, MAX_DIMENSIONS, MAX_TENSOR_NAME, TensorType, VERSION, Value,
+    ALIGNMENT, Array, GgufError, MAGIC, MAX_DIMENSION, MAX_DIMENSIONS, MAX_TENSOR_NAME, TensorType, VERSION, Value,
 };
 
 /// What will stand in a file.
@@ -84,6 +84,9 @@ impl Header {
             if !names.insert(name) {
                 return bad(format!("the tensor {name} is given twice"));
             }
+            if dimensions.iter().any(|n| *n > MAX_DIMENSION) {
+                return bad(format!("tensor {name} has the shape {dimensions:?}"));
+            }
             if name.len() > MAX_TENSOR_NAME || dimensions.is_empty() || dimensions.len() > MAX_DIMENSIONS {
                 return bad(format!(
                     "tensor {name} has {} dimensions and {} bytes of name",
@@ -161,6 +164,11 @@ impl<W: Write> Writer<W> {
         }
         self.out.write_all(bytes)?;
         Ok(self.skip_complete()?)
+    }
+
+    /// Whether every tensor has all its bytes.
+    pub fn is_complete(&self) -> bool {
+        self.at == self.names.len()
     }
 
     /// Ends the file and gives the place it was written to back. Every tensor must be complete.
