@@ -98,14 +98,21 @@ impl Checkpoint {
                 self.hidden.insert(name.to_owned());
                 continue;
             }
-            let Some(weight) = self.tensors.tensor(name).filter(|weight| scheme.scales(weight.dtype)) else {
+            let Some(weight) = self
+                .tensors
+                .tensor(name)
+                .filter(|weight| scheme.scales(weight.dtype))
+            else {
                 continue;
             };
             let scale_name = scheme.scale_name(name);
-            let scales = self.tensors.tensor(&scale_name).ok_or_else(|| CheckpointError::Scale {
-                tensor: scale_name.clone(),
-                why: format!("it is missing, and {name} has the type {:?}", weight.dtype),
-            })?;
+            let scales = self
+                .tensors
+                .tensor(&scale_name)
+                .ok_or_else(|| CheckpointError::Scale {
+                    tensor: scale_name.clone(),
+                    why: format!("it is missing, and {name} has the type {:?}", weight.dtype),
+                })?;
             let scale = scheme.scale(&scales, weight.shape)?;
             self.scales.insert(name.to_owned(), scale);
         }

@@ -26,7 +26,8 @@ pub fn refuse_links(dir: &Path) -> Result<(), CheckpointError> {
         let Ok(target) = entry.path().canonicalize() else {
             continue;
         };
-        let follows = target.starts_with(&inside) || blobs.as_ref().is_some_and(|blobs| target.starts_with(blobs));
+        let follows =
+            target.starts_with(&inside) || blobs.as_ref().is_some_and(|blobs| target.starts_with(blobs));
         if !follows {
             return Err(CheckpointError::Link {
                 path: entry.path(),
@@ -110,7 +111,17 @@ mod tests {
     fn only_plain_names_are_names_of_files() {
         assert!(is_file_name("model-00001-of-00002.safetensors"));
         for name in [
-            "", ".", "..", "../x", "a/b", "/etc/passwd", "./x", "x/", "a\\b", "c:x", "x\0",
+            "",
+            ".",
+            "..",
+            "../x",
+            "a/b",
+            "/etc/passwd",
+            "./x",
+            "x/",
+            "a\\b",
+            "c:x",
+            "x\0",
         ] {
             assert!(!is_file_name(name), "{name:?}");
         }

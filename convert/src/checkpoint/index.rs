@@ -42,11 +42,18 @@ pub(super) fn open(dir: &Path, index: &Path) -> Result<TensorFiles, CheckpointEr
     }
     let mut tensors = TensorFiles::default();
     for file in files {
-        tensors.add(dir.join(file))?;
+        let path = dir.join(file);
+        if !path.is_file() {
+            return Err(bad(format!(
+                "the shard {file} is not there\nhint: the download is not complete"
+            )));
+        }
+        tensors.add(path)?;
     }
     for (tensor, file) in map {
         let here = tensors.path_of(tensor).and_then(Path::file_name);
-        if here.and_then(|name| name.to_str()) != file.as_str() {
+        let file = file.as_str().unwrap_or_default();
+        if here.is_none_or(|name| name != file) {
             return Err(disagree(tensor, format!("it is not in {file}")));
         }
     }

@@ -72,11 +72,13 @@ impl Scheme {
                 integers: false,
             })),
             "compressed-tensors" => Self::of_compressed(said).map(Some),
-            "modelopt" if text("quant_algo").is_some_and(|algo| algo.eq_ignore_ascii_case("fp8")) => Ok(Some(Self {
-                suffix: "_scale",
-                block: None,
-                integers: false,
-            })),
+            "modelopt" if text("quant_algo").is_some_and(|algo| algo.eq_ignore_ascii_case("fp8")) => {
+                Ok(Some(Self {
+                    suffix: "_scale",
+                    block: None,
+                    integers: false,
+                }))
+            }
             "modelopt" => Err(format!(
                 "quantised by modelopt to {}",
                 text("quant_algo").unwrap_or("a type that is not named")
@@ -89,9 +91,12 @@ impl Scheme {
         let format = said.get("format").and_then(Value::as_str).unwrap_or("unknown");
         let refused = |why: &str| Err(format!("quantised by compressed-tensors, format {format}{why}"));
         let groups = said.get("config_groups").and_then(Value::as_object);
-        let Some((1, Some(weights))) =
-            groups.map(|groups| (groups.len(), groups.values().next().and_then(|group| group.get("weights"))))
-        else {
+        let Some((1, Some(weights))) = groups.map(|groups| {
+            (
+                groups.len(),
+                groups.values().next().and_then(|group| group.get("weights")),
+            )
+        }) else {
             return refused(", with several groups");
         };
         let field = |key: &str| weights.get(key).filter(|value| !value.is_null());
@@ -149,7 +154,9 @@ impl Scheme {
             why,
         };
         let &[rows, columns] = shape else {
-            return Err(bad(format!("it belongs to a tensor of shape {shape:?}, no matrix")));
+            return Err(bad(format!(
+                "it belongs to a tensor of shape {shape:?}, no matrix"
+            )));
         };
         let values = scales.to_f32()?;
         if let Some(at) = values.iter().position(|value| !value.is_finite()) {

@@ -50,12 +50,19 @@ impl FilesWriter {
 
     /// Appends bytes to the tensor whose turn it is; `name` must be its name.
     pub fn append(&mut self, name: &str, bytes: &[u8]) -> Result<(), GgufError> {
-        while self.current.as_ref().is_some_and(|(_, writer)| writer.is_complete()) && !self.waiting.is_empty() {
+        while self
+            .current
+            .as_ref()
+            .is_some_and(|(_, writer)| writer.is_complete())
+            && !self.waiting.is_empty()
+        {
             self.next_file()?;
         }
         match &mut self.current {
             Some((_, writer)) => writer.append(name, bytes),
-            None => Err(GgufError::Unwritable(format!("there is no place for tensor {name}"))),
+            None => Err(GgufError::Unwritable(format!(
+                "there is no place for tensor {name}"
+            ))),
         }
     }
 

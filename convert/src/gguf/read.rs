@@ -254,7 +254,10 @@ impl Gguf {
     }
 
     fn part_error(&self, part: usize, why: String) -> GgufError {
-        let path = self.files.get(part).map_or_else(|| self.path(), |file| &file.path);
+        let path = self
+            .files
+            .get(part)
+            .map_or_else(|| self.path(), |file| &file.path);
         GgufError::Part {
             path: path.to_path_buf(),
             why,

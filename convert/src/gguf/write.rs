@@ -5,7 +5,8 @@ use std::collections::HashSet;
 use std::io::{self, Write};
 
 use super::{
-    ALIGNMENT, Array, GgufError, MAGIC, MAX_DIMENSION, MAX_DIMENSIONS, MAX_TENSOR_NAME, TensorType, VERSION, Value,
+    ALIGNMENT, Array, GgufError, MAGIC, MAX_DIMENSION, MAX_DIMENSIONS, MAX_TENSOR_NAME, TensorType, VERSION,
+    Value,
 };
 
 /// What will stand in a file.

@@ -94,3 +94,76 @@ fn cached(variable: &str, name: &str) -> PathBuf {
     );
     path
 }
+
+/// A copy of the tied checkpoint that a test may spoil, and the folder that results go to.
+pub(crate) struct Copy {
+    scratch: tempfile::TempDir,
+}
+
+impl Copy {
+    pub(crate) fn new() -> Self {
+        let scratch = tempfile::tempdir().unwrap();
+        let dir = scratch.path().join("copy");
+        std::fs::create_dir(&dir).unwrap();
+        for entry in std::fs::read_dir(fixture("tied")).unwrap() {
+            let entry = entry.unwrap();
+            std::fs::copy(entry.path(), dir.join(entry.file_name())).unwrap();
+        }
+        Self { scratch }
+    }
+
+    /// The checkpoint.
+    pub(crate) fn dir(&self) -> PathBuf {
+        self.scratch.path().join("copy")
+    }
+
+    /// A file of the checkpoint.
+    pub(crate) fn file(&self, name: &str) -> PathBuf {
+        self.dir().join(name)
+    }
+
+    /// A place beside the checkpoint.
+    pub(crate) fn beside(&self, name: &str) -> PathBuf {
+        self.scratch.path().join(name)
+    }
+
+    pub(crate) fn edit(&self, name: &str, edit: impl FnOnce(&mut serde_json::Value)) {
+        let text = std::fs::read_to_string(self.file(name)).unwrap();
+        let mut json = serde_json::from_str(&text).unwrap();
+        edit(&mut json);
+        std::fs::write(self.file(name), json.to_string()).unwrap();
+    }
+
+    /// Replaces a part of a file's text, which must be there.
+    pub(crate) fn replace(&self, name: &str, from: &str, to: &str) {
+        let text = std::fs::read_to_string(self.file(name)).unwrap();
+        assert!(text.contains(from), "{from}");
+        std::fs::write(self.file(name), text.replacen(from, to, 1)).unwrap();
+    }
+
+    /// The conversion must fail, say all of `parts`, and write nothing.
+    pub(crate) fn refused(&self, parts: &[&str]) {
+        let out = self.beside("out.gguf");
+        let output = pipit_convert(&["model", self.dir().to_str().unwrap(), "-o", out.to_str().unwrap()]);
+        let message = stderr(&output);
+        assert_eq!(output.status.code(), Some(1), "{message}");
+        assert!(message.starts_with("error: "), "{message}");
+        for part in parts {
+            assert!(message.contains(part), "{part:?} is not in {message}");
+        }
+        assert_eq!(names(self.scratch.path()), ["copy"], "{message}");
+    }
+
+    /// The conversion must succeed.
+    pub(crate) fn accepted(&self) -> Gguf {
+        convert(&self.dir(), &[], TensorType::F32, &self.beside("out.gguf")).unwrap()
+    }
+}
+
+/// The bytes of a safetensors file with this header.
+pub(crate) fn safetensors(header: &str, data: &[u8]) -> Vec<u8> {
+    let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+    bytes.extend(header.as_bytes());
+    bytes.extend(data);
+    bytes
+}

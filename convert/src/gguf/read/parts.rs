@@ -16,7 +16,10 @@ pub(super) fn beside(path: &Path, part: &Gguf) -> Result<Option<Vec<PathBuf>>, G
     let no = part.unsigned(split::NO)?;
     let wrong = |why: String| Err(part.part_error(0, why));
     if no >= count || count > split::MAX_PARTS {
-        return wrong(format!("it says that it is part {} of {count}", no.saturating_add(1)));
+        return wrong(format!(
+            "it says that it is part {} of {count}",
+            no.saturating_add(1)
+        ));
     }
     let Some((stem, number, of)) = split::parse(path) else {
         let name = split::path(Path::new("NAME"), no, count);
@@ -53,7 +56,10 @@ pub(super) fn check(part: &Gguf, at: usize, count: usize, tensors: u64) -> Resul
     ] {
         let found = part.unsigned(key)?;
         if found != wanted {
-            return Err(part.part_error(0, format!("{key} is {found}, where the other parts need {wanted}")));
+            return Err(part.part_error(
+                0,
+                format!("{key} is {found}, where the other parts need {wanted}"),
+            ));
         }
     }
     Ok(())
