@@ -10,6 +10,7 @@ use serde_json::Value as Json;
 
 use super::{At, VocabError};
 use crate::checkpoint::CheckpointError;
+use crate::json;
 
 /// The file.
 #[derive(Debug, Deserialize)]
@@ -51,7 +52,7 @@ pub(super) struct ModelJson {
     pub(super) end_of_word_suffix: Json,
 }
 
-/// Tokens with their identifiers; a token that stands twice is in it twice.
+/// Tokens with their identifiers.
 #[derive(Debug, Default)]
 pub(super) struct Tokens(pub(super) Vec<(String, u64)>);
 
@@ -78,7 +79,7 @@ impl Merge {
 
 /// Reads the file.
 pub(super) fn read(path: &Path) -> Result<TokenizerJson, VocabError> {
-    let bytes = std::fs::read(path).map_err(|source| CheckpointError::Read {
+    let bytes = json::read_bytes(path).map_err(|source| CheckpointError::Read {
         path: path.to_path_buf(),
         source,
     })?;
@@ -87,7 +88,7 @@ pub(super) fn read(path: &Path) -> Result<TokenizerJson, VocabError> {
 
 /// Never panics, whatever the bytes are.
 pub(super) fn parse(bytes: &[u8]) -> Result<TokenizerJson, serde_json::Error> {
-    serde_json::from_slice(bytes)
+    json::from_slice(bytes)
 }
 
 impl<'de> Deserialize<'de> for Tokens {
@@ -170,9 +171,9 @@ mod tests {
     }
 
     #[test]
-    fn a_token_that_stands_twice_is_seen() {
-        let model = parse(br#"{"model": {"vocab": {"a": 0, "a": 1}}}"#).unwrap().model;
-        assert_eq!(model.vocab.0.len(), 2);
+    fn a_token_that_stands_twice_is_refused() {
+        let error = parse(br#"{"model": {"vocab": {"a": 0, "a": 1}}}"#).err().unwrap();
+        assert!(error.to_string().contains("\"a\" stands twice"), "{error}");
     }
 
     proptest::proptest! {
