@@ -90,16 +90,6 @@ pub enum ModelError {
     /// The types of the tensors cannot be chosen.
     #[error(transparent)]
     Recipe(QuantizeError),
-    /// The type of a tensor needs an importance matrix.
-    #[error("tensor {tensor} becomes {kind}, which needs an importance matrix\nhint: {hint}")]
-    NeedsImatrix {
-        /// The tensor.
-        tensor: String,
-        /// Its type.
-        kind: &'static str,
-        /// What to do.
-        hint: &'static str,
-    },
     /// A file of the checkpoint or of an adapter cannot be read again for its checksum.
     #[error("cannot read {path}: {source}")]
     Read {

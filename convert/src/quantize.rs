@@ -5,11 +5,13 @@
 
 mod category;
 mod file_type;
+mod importance;
 mod mix;
 mod recipe;
 mod repack;
 
 pub use file_type::FileType;
+pub use importance::Importance;
 pub use mix::ModelFacts;
 pub use recipe::{Candidate, Choice, Recipe, TypeOverride, tensor_type};
 pub use repack::Repack;
@@ -67,8 +69,18 @@ pub enum QuantizeError {
         kind: &'static str,
     },
     /// The kernel works only with an importance matrix.
-    #[error("{kind} needs an importance matrix\nhint: pipit-convert imatrix makes one, --imatrix F uses it")]
+    #[error(
+        "it becomes {kind}, which needs an importance matrix\nhint: pipit-convert imatrix makes one, --imatrix F uses it"
+    )]
     NeedsImatrix {
+        /// The type.
+        kind: &'static str,
+    },
+    /// The importance matrix has no weights for a tensor that needs them.
+    #[error(
+        "it becomes {kind}, which needs an importance matrix, and the one that was given has nothing for this tensor\nhint: was it made with this model? --tensor-type gives the tensor another type"
+    )]
+    NotInImatrix {
         /// The type.
         kind: &'static str,
     },

@@ -75,7 +75,8 @@ pub(super) fn run(args: &Args, context: &Context) -> anyhow::Result<()> {
         .iter()
         .map(|text| open_adapter(text))
         .collect::<anyhow::Result<Vec<_>>>()?;
-    let mut plan = Plan::new(&model, &adapters, &args.recipe.recipe())?;
+    let recipe = args.recipe.recipe();
+    let mut plan = Plan::new(&model, &adapters, &recipe)?;
     let Some(output) = args.output.as_ref().filter(|_| !args.dry_run) else {
         return table::print(&plan, context);
     };

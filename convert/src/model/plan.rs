@@ -4,14 +4,14 @@ use super::{ModelError, SourceModel, metadata};
 use crate::arch::{self, Architecture, TensorRule};
 use crate::gguf::{Array, GgufError, Header, TensorPlan, TensorType, Value};
 use crate::merge::{Merge, ScaledAdapter};
-use crate::quantize::{Candidate, Choice, ModelFacts, Recipe, Repack};
+use crate::quantize::{Candidate, Choice, Importance, ModelFacts, QuantizeError, Recipe, Repack};
 
 /// All that is known before a tensor is touched.
 #[derive(Debug)]
 pub struct Plan<'a> {
     pub(super) model: &'a SourceModel,
     pub(super) merge: Merge<'a>,
-    pub(super) jobs: Vec<Job>,
+    pub(super) jobs: Vec<Job<'a>>,
     /// The header of the file.
     pub header: Header,
     /// The architecture.
@@ -20,9 +20,11 @@ pub struct Plan<'a> {
 
 /// One tensor on its way.
 #[derive(Debug)]
-pub(super) struct Job {
+pub(super) struct Job<'a> {
     pub(super) source: Source,
     pub(super) choice: Choice,
+    /// The weight of each column, for the kernel.
+    pub(super) importance: Option<&'a [f32]>,
     /// The length of a row, and the number of rows, as they are streamed.
     pub(super) columns: usize,
     pub(super) rows: usize,
@@ -93,7 +95,7 @@ impl<'a> Plan<'a> {
     pub fn new(
         model: &'a SourceModel,
         adapters: &'a [ScaledAdapter],
-        recipe: &Recipe,
+        recipe: &'a Recipe,
     ) -> Result<Self, ModelError> {
         let arch_error = |source| ModelError::Arch {
             path: model.path().to_path_buf(),
@@ -116,6 +118,12 @@ impl<'a> Plan<'a> {
         let parameters = jobs.iter().map(|job| (job.rows * job.columns) as u64).sum();
         let mut keys = metadata::general(model, arch, recipe.file, parameters)?;
         keys.extend(own_keys);
+        keys.extend(
+            recipe
+                .importance()
+                .map(Importance::to_metadata)
+                .unwrap_or_default(),
+        );
         keys.extend(vocab.to_metadata());
         let tensors = jobs.iter().map(Job::plan).collect();
         Ok(Self {
@@ -174,7 +182,7 @@ impl<'a> Plan<'a> {
     }
 }
 
-impl Job {
+impl Job<'_> {
     pub(super) fn name(&self) -> &str {
         self.source.name()
     }
@@ -189,12 +197,12 @@ impl Job {
 }
 
 /// Every tensor with its type.
-fn jobs(
+fn jobs<'a>(
     model: &SourceModel,
     sources: Vec<Source>,
-    recipe: &Recipe,
+    recipe: &'a Recipe,
     facts: &ModelFacts,
-) -> Result<Vec<Job>, ModelError> {
+) -> Result<Vec<Job<'a>>, ModelError> {
     let dimensions: Vec<_> = sources.iter().map(Source::dimensions).collect();
     let mut candidates = Vec::with_capacity(sources.len());
     for (source, dimensions) in sources.iter().zip(&dimensions) {
@@ -209,30 +217,40 @@ fn jobs(
             always_f32,
         });
     }
-    let choices = recipe
-        .choose(facts, false, &candidates)
-        .map_err(ModelError::Recipe)?;
-    if let Some((tensor, choice)) = candidates
-        .iter()
-        .zip(&choices)
-        .find(|(_, choice)| choice.needs_imatrix)
-    {
-        return Err(ModelError::NeedsImatrix {
-            tensor: tensor.name.to_owned(),
-            kind: choice.kind.name(),
-            hint: "pipit-convert imatrix makes one, --imatrix F uses it",
-        });
-    }
+    let choices = recipe.choose(facts, &candidates).map_err(ModelError::Recipe)?;
     let jobs = sources.into_iter().zip(choices).map(|(source, choice)| {
         let (rows, columns) = source.rows_and_columns();
-        Job {
+        let importance = importance(recipe, &choice, source.name(), columns);
+        Ok(Job {
+            importance: importance.map_err(|error| ModelError::Quantize {
+                tensor: source.name().to_owned(),
+                source: error,
+            })?,
             source,
             choice,
             columns,
             rows,
-        }
+        })
     });
-    Ok(jobs.collect())
+    jobs.collect()
+}
+
+/// The weights of a tensor's columns, which its type may need.
+fn importance<'a>(
+    recipe: &'a Recipe,
+    choice: &Choice,
+    name: &str,
+    columns: usize,
+) -> Result<Option<&'a [f32]>, QuantizeError> {
+    let kind = choice.kind.name();
+    match recipe.importance() {
+        None if choice.needs_imatrix => Err(QuantizeError::NeedsImatrix { kind }),
+        Some(all) if choice.kind.block_elements() > 1 => match all.of(name, columns)? {
+            None if choice.needs_imatrix => Err(QuantizeError::NotInImatrix { kind }),
+            weights => Ok(weights),
+        },
+        _ => Ok(None),
+    }
 }
 
 /// What the mixes want to know, out of the keys that the file will have.

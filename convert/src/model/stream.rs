@@ -55,7 +55,7 @@ impl Plan<'_> {
 
     fn write_tensor(
         &self,
-        job: &Job,
+        job: &Job<'_>,
         progress: &dyn Progress,
         mut append: impl FnMut(&[u8]) -> Result<(), ModelError>,
     ) -> Result<(), ModelError> {
@@ -80,7 +80,7 @@ impl Plan<'_> {
     }
 
     /// Rows `first..first + n` of the GGUF tensor, as its blocks.
-    fn encode(&self, job: &Job, first: usize, n: usize) -> Result<Vec<u8>, ModelError> {
+    fn encode(&self, job: &Job<'_>, first: usize, n: usize) -> Result<Vec<u8>, ModelError> {
         let columns = job.columns;
         let mut values = vec![0.0f32; n * columns];
         match &job.source {
@@ -99,7 +99,7 @@ impl Plan<'_> {
             }
         }
         let mut out = Vec::new();
-        quantize::quantize(job.choice.kind, &values, columns, None, &mut out).map_err(
+        quantize::quantize(job.choice.kind, &values, columns, job.importance, &mut out).map_err(
             |source: QuantizeError| ModelError::Quantize {
                 tensor: job.name().to_owned(),
                 source: source.after(first * columns),

@@ -8,7 +8,7 @@ use regex::Regex;
 
 use super::category::{self, Category};
 use super::mix::{Mix, ModelFacts, Seen};
-use super::{FileType, QuantizeError, is_target};
+use super::{FileType, Importance, QuantizeError, is_target};
 use crate::gguf::TensorType;
 
 /// How a file is to be quantised: the options of `llama-quantize`.
@@ -26,6 +26,8 @@ pub struct Recipe {
     pub embedding_type: Option<TensorType>,
     /// output.weight stays in the type that the checkpoint has.
     pub leave_output: bool,
+    /// The importance matrix.
+    pub imatrix: Option<Importance>,
 }
 
 impl Recipe {
@@ -38,6 +40,7 @@ impl Recipe {
             output_type: None,
             embedding_type: None,
             leave_output: false,
+            imatrix: None,
         }
     }
 }
@@ -115,12 +118,18 @@ impl Choice {
 }
 
 impl Recipe {
+    /// The importance matrix, if there is anything in it.
+    pub fn importance(&self) -> Option<&Importance> {
+        self.imatrix
+            .as_ref()
+            .filter(|imatrix| !imatrix.weights.is_empty())
+    }
+
     /// The types of all tensors of a model, in the order given. (The mixes count layers: llama.cpp visits the
     /// tensors by layer and name, and so does this.)
     pub fn choose(
         &self,
         facts: &ModelFacts,
-        has_imatrix: bool,
         tensors: &[Candidate<'_>],
     ) -> Result<Vec<Choice>, QuantizeError> {
         if let (false, Some(first)) = (self.file.is_quantised(), self.overrides.first()) {
@@ -133,7 +142,7 @@ impl Recipe {
         let mut mix = Mix {
             file: self.file,
             facts,
-            has_imatrix,
+            has_imatrix: self.importance().is_some(),
             tied: !tensors.iter().any(|tensor| tensor.name == "output.weight"),
             output_type: self.output_type,
             embedding_type: self.embedding_type,

@@ -4,6 +4,8 @@
 #![allow(dead_code, reason = "every test program uses a part of it")]
 
 pub(crate) mod llama_cpp;
+pub(crate) mod llama_quantize;
+pub(crate) mod synthetic;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};

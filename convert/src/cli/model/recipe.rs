@@ -40,6 +40,7 @@ impl RecipeArgs {
             output_type: self.output_tensor_type,
             embedding_type: self.token_embedding_type,
             leave_output: self.leave_output_tensor,
+            imatrix: None,
         }
     }
 }
