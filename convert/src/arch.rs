@@ -119,7 +119,8 @@ impl Change {
         }
     }
 
-    /// From the GGUF file to the checkpoint. Exact for every value that [`apply`](Self::apply) gave.
+    /// From the GGUF file to the checkpoint. What [`apply`](Self::apply) makes of that is the file's value again;
+    /// the bits that it rounded away are gone.
     pub fn undo(self, values: &mut [f32]) {
         if self == Self::PlusOne {
             values.iter_mut().for_each(|value| *value -= 1.0);

@@ -86,8 +86,8 @@ CHECKPOINTS = {
         rope_parameters=longrope(16))),
     "phi-short": (t.Phi3ForCausalLM, t.Phi3Config, "bfloat16", dict(
         num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True,
-        max_position_embeddings=4096, pad_token_id=0,
-        original_max_position_embeddings=512, rope_parameters=longrope(512))),
+        max_position_embeddings=16384, pad_token_id=0,
+        original_max_position_embeddings=2048, rope_parameters=longrope(2048))),
     "smollm3": (t.SmolLM3ForCausalLM, t.SmolLM3Config, "bfloat16", dict(
         num_hidden_layers=5, hidden_size=24, pad_token_id=0, rope_parameters=OLD)),
     "smollm3-untied": (t.SmolLM3ForCausalLM, t.SmolLM3Config, "float32", dict(
