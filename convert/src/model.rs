@@ -4,6 +4,7 @@
 //! llama.cpp's own conversion. First comes a [`Plan`] (every tensor's name, type, shape and place), then the
 //! tensors are streamed through it in slabs of rows, so that memory does not grow with the model.
 
+mod general;
 mod metadata;
 mod plan;
 mod source;

@@ -1,6 +1,6 @@
 //! The plan: every tensor's name, type, shape and place, before a weight is touched.
 
-use super::{ModelError, SourceModel, metadata};
+use super::{ModelError, SourceModel, general, metadata};
 use crate::arch::{self, Architecture, TensorRule};
 use crate::gguf::{Array, GgufError, Header, TensorPlan, TensorType, Value};
 use crate::merge::{Merge, ScaledAdapter};
@@ -116,7 +116,7 @@ impl<'a> Plan<'a> {
         let own_keys = (arch.metadata)(config).map_err(arch_error)?;
         let jobs = jobs(model, sources, recipe, &facts(arch.name, &own_keys))?;
         let parameters = jobs.iter().map(|job| (job.rows * job.columns) as u64).sum();
-        let mut keys = metadata::general(model, arch, recipe.file, parameters)?;
+        let mut keys = general::general(model, arch, recipe.file, parameters)?;
         keys.extend(own_keys);
         keys.extend(
             recipe
