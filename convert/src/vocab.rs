@@ -10,6 +10,7 @@ mod check;
 mod from_folder;
 mod metadata;
 pub mod pre;
+pub mod proof;
 mod sentencepiece;
 mod special;
 mod template;
@@ -154,6 +155,10 @@ pub enum Limit {
     /// A space is put only before the first stretch of text, and only if there is none; llama.cpp puts one before
     /// every stretch that follows a special token.
     SpaceOnce,
+    /// Words are cut where small letters turn large in any script; llama.cpp knows only those of ASCII.
+    Case,
+    /// llama.cpp takes ordinary tokens for control tokens because of their text (`</s>` in Qwen's vocabulary).
+    Overridden,
     /// Added tokens swallow white space beside them (`lstrip`, `rstrip`).
     Strip,
     /// Added tokens are found only as whole words (`single_word`).
@@ -166,6 +171,8 @@ impl Limit {
         match self {
             Self::Nfc => "nfc",
             Self::SpaceOnce => "space_once",
+            Self::Case => "case",
+            Self::Overridden => "overridden",
             Self::Strip => "strip",
             Self::SingleWord => "single_word",
         }
@@ -179,6 +186,12 @@ impl Limit {
             }
             Self::SpaceOnce => {
                 "the tokenizer puts a space before a text that has none; llama.cpp puts one before every text, and after every special token"
+            }
+            Self::Case => {
+                "the tokenizer cuts words where small letters turn large; llama.cpp does so in ASCII only, and does not keep accents that are characters of their own with their letter"
+            }
+            Self::Overridden => {
+                "llama.cpp takes some ordinary tokens, such as </s>, for control tokens because of their text"
             }
             Self::Strip => {
                 "some added tokens swallow the white space beside them (lstrip, rstrip), and llama.cpp keeps it"

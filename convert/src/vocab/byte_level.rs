@@ -13,18 +13,22 @@ pub(super) fn read(
     json: TokenizerJson,
     added: &[Added],
     size: Option<usize>,
+    clean_spaces: Option<bool>,
     limits: &mut Vec<Limit>,
 ) -> Result<Parts, VocabError> {
     if nfc(at, &json)? {
         limits.push(Limit::Nfc);
     }
     let ignore_merges = json.model.ignore_merges.unwrap_or(false);
-    let pre = pre::by_structure(&json.pre_tokenizer, ignore_merges).ok_or_else(|| {
+    let pre = pre::by_structure(&json.pre_tokenizer, ignore_merges, clean_spaces).ok_or_else(|| {
         at.unsupported(format!(
             "the pre_tokenizer {} with ignore_merges {ignore_merges}",
             json.pre_tokenizer
         ))
     })?;
+    if pre.runtime().is_some() {
+        limits.push(Limit::Case);
+    }
     let size = size.unwrap_or_else(|| rows(&json, added));
     // A space in a token is spelled Ġ, as everywhere in the byte-level alphabet.
     let merge =

@@ -106,9 +106,6 @@ impl Vocab {
                 limits.push(*limit);
             }
         }
-        for limit in &limits {
-            tracing::warn!("{}: {}", at.0.display(), limit.meaning());
-        }
         let spm = space_prefix.is_some();
         let vocab = Self {
             model,
@@ -152,7 +149,10 @@ impl Source {
         let post_processor = std::mem::take(&mut json.post_processor);
         let unknown = json.model.unk_token.clone();
         let (parts, space_prefix) = if byte_level_decoder(&json) {
-            (byte_level::read(at, json, &added, size, limits)?, None)
+            let clean = tokenizer_config
+                .get("clean_up_tokenization_spaces")
+                .and_then(Json::as_bool);
+            (byte_level::read(at, json, &added, size, clean, limits)?, None)
         } else if json.model.byte_fallback == Some(true) {
             let space = sentencepiece::space_prefix(at, &json, limits)?;
             let parts = match proto_beside(dir, &json.model)? {

@@ -168,7 +168,8 @@ impl Vocab {
         if let Some(space) = self.add_space_prefix {
             config.insert("add_prefix_space".into(), json!(space));
         }
-        config.insert("clean_up_tokenization_spaces".into(), json!(false));
+        let clean = matches!(&self.model, Model::Bpe { pre, .. } if pre.clean_spaces);
+        config.insert("clean_up_tokenization_spaces".into(), json!(clean));
         config.insert("model_max_length".into(), json!(context_length));
         // The class that takes everything from tokenizer.json; the model's own class would cut text anew.
         config.insert("tokenizer_class".into(), json!("PreTrainedTokenizerFast"));
