@@ -21,6 +21,7 @@ use crate::import::ImportError;
 use crate::merge::MergeError;
 use crate::quantize::QuantizeError;
 use crate::vocab::VocabError;
+use crate::vocab::proof::ProofError;
 
 /// What can go wrong.
 #[derive(Debug, thiserror::Error)]
@@ -43,6 +44,9 @@ pub enum ModelError {
     /// The vocabulary is not built, or broken.
     #[error(transparent)]
     Vocab(#[from] VocabError),
+    /// llama.cpp would read the vocabulary otherwise than the checkpoint's own tokenizer.
+    #[error(transparent)]
+    Proof(#[from] ProofError),
     /// An adapter does not fit the checkpoint.
     #[error(transparent)]
     Merge(#[from] MergeError),

@@ -19,6 +19,7 @@ mod tokenizer_json;
 
 use std::path::PathBuf;
 
+pub(crate) use metadata::copied;
 use pre::PreTokenizer;
 pub use special::SpecialIds;
 pub use template::{TemplateError, Templates};

@@ -31,6 +31,10 @@ const ONLY_OURS: &[&str] = &[
     "tokenizer.ggml.add_eos_token",
     // Without it the loader takes any token from a list of texts, whichever its hash map yields first.
     "tokenizer.ggml.eot_token_id",
+    // What the tokenizer was proved on.
+    "pipit.tokenizer.proof.texts",
+    "pipit.tokenizer.proof.pieces",
+    "pipit.tokenizer.proof.sha256",
     // Where the file comes from.
     "pipit.version",
     "pipit.source.files",

@@ -76,10 +76,9 @@ fn smollm2_survives_the_way_to_a_checkpoint_and_back() {
         }
     }
 
-    let mut backend = LlamaBackend::init().unwrap();
-    backend.void_logs();
-    let theirs = llama_cpp_tokens(&backend, &smollm2());
-    assert_eq!(llama_cpp_tokens(&backend, &path), theirs);
+    let backend = pipit_convert::llama_cpp::backend().unwrap();
+    let theirs = llama_cpp_tokens(backend, &smollm2());
+    assert_eq!(llama_cpp_tokens(backend, &path), theirs);
     let tokenizer = Tokenizer::from_file(folder.join("tokenizer.json")).unwrap();
     for (text, theirs) in TEXTS.iter().zip(theirs) {
         assert_eq!(

@@ -39,6 +39,9 @@ pub(super) struct Args {
     /// A PEFT adapter folder to merge; =SCALE multiplies its own scale. Can be given several times
     #[arg(long = "adapter", value_name = "DIR[=SCALE]")]
     adapters: Vec<String>,
+    /// Do not compare llama.cpp's reading of the tokenizer with the checkpoint's own before writing
+    #[arg(long)]
+    no_tokenizer_proof: bool,
     /// Print what would be written, and write nothing
     #[arg(long)]
     dry_run: bool,
@@ -69,7 +72,10 @@ pub(super) fn run(args: &Args, context: &Context) -> anyhow::Result<()> {
     {
         check_output(output, args.force)?;
     }
-    let model = SourceModel::open(&args.checkpoint)?;
+    let mut model = SourceModel::open(&args.checkpoint)?;
+    if args.no_tokenizer_proof {
+        model.skip_tokenizer_proof();
+    }
     let adapters = args
         .adapters
         .iter()

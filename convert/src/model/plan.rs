@@ -105,7 +105,6 @@ impl<'a> Plan<'a> {
         let arch = arch::of_config(config).map_err(arch_error)?;
         let rules = (arch.tensors)(config).map_err(arch_error)?;
         model.check_tensors(arch, &rules)?;
-        let vocab = model.vocab()?;
         let merge = Merge::new(adapters, &rules)?;
         let extra = (arch.extra_tensors)(config).map_err(arch_error)?;
         let extra = extra.into_iter().map(|tensor| Source::Extra {
@@ -124,7 +123,10 @@ impl<'a> Plan<'a> {
                 .map(Importance::to_metadata)
                 .unwrap_or_default(),
         );
-        keys.extend(vocab.to_metadata());
+        let name = keys.iter().find(|(key, _)| key == "general.name");
+        let name = name.and_then(|(_, name)| name.as_str()).unwrap_or_default();
+        let tokenizer = model.tokenizer(name)?;
+        keys.extend(tokenizer);
         let tensors = jobs.iter().map(Job::plan).collect();
         Ok(Self {
             model,

@@ -8,10 +8,10 @@ use serde_json::{Map, Value as Json};
 use super::ModelError;
 use crate::arch::{self, Architecture, RowOrder, TensorRule};
 use crate::checkpoint::{Checkpoint, Dtype};
-use crate::gguf::{Gguf, TensorType};
+use crate::gguf::{Gguf, TensorType, Value};
 use crate::import;
 use crate::quantize;
-use crate::vocab::Vocab;
+use crate::vocab::{self, Vocab};
 
 /// An opened model: its configuration, and weights that stay on disk until they are asked for.
 #[derive(Debug)]
@@ -19,6 +19,8 @@ pub struct SourceModel {
     path: PathBuf,
     config: Map<String, Json>,
     pub(super) weights: Weights,
+    /// Whether the tokenizer is compared with llama.cpp's.
+    proof: bool,
 }
 
 #[derive(Debug)]
@@ -37,6 +39,7 @@ impl SourceModel {
                 path: path.to_path_buf(),
                 config,
                 weights: Weights::Folder(checkpoint),
+                proof: true,
             });
         }
         let gguf = Gguf::open(path).map_err(import::ImportError::from)?;
@@ -52,6 +55,7 @@ impl SourceModel {
             path: path.to_path_buf(),
             config,
             weights: Weights::File(gguf),
+            proof: true,
         })
     }
 
@@ -65,11 +69,31 @@ impl SourceModel {
         &self.config
     }
 
-    pub(super) fn vocab(&self) -> Result<Vocab, ModelError> {
-        Ok(match &self.weights {
-            Weights::Folder(checkpoint) => Vocab::from_folder(checkpoint.dir(), &self.config)?,
-            Weights::File(gguf) => import::vocab(gguf, &self.config)?,
-        })
+    /// Writes the tokenizer of a folder without comparing llama.cpp with it first.
+    pub fn skip_tokenizer_proof(&mut self) {
+        self.proof = false;
+    }
+
+    /// The `tokenizer.*` keys: those of a folder are proved, those of a GGUF file are copied. `name` is what stands in
+    /// `general.name`.
+    pub(super) fn tokenizer(&self, name: &str) -> Result<Vec<(String, Value)>, ModelError> {
+        let checkpoint = match &self.weights {
+            Weights::Folder(checkpoint) => checkpoint,
+            Weights::File(gguf) => {
+                let rows = self.config.get("vocab_size").and_then(Json::as_u64);
+                return Ok(vocab::copied(gguf, rows)?);
+            }
+        };
+        let mut vocab = Vocab::from_folder(checkpoint.dir(), &self.config)?;
+        let proof = if self.proof {
+            vocab.prove(checkpoint.dir(), name)?.to_metadata()
+        } else {
+            Vec::new()
+        };
+        vocab.warn_of_limits();
+        let mut keys = vocab.to_metadata();
+        keys.extend(proof);
+        Ok(keys)
     }
 
     /// The files that the model is made of.

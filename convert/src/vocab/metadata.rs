@@ -1,6 +1,8 @@
 //! The `tokenizer.*` keys of a GGUF file.
 
-use super::{Model, NORMAL, SpecialIds, Templates, Vocab, VocabError, pre};
+use std::collections::HashSet;
+
+use super::{At, Model, NORMAL, SpecialIds, Templates, Vocab, VocabError, pre};
 use crate::gguf::{Array, Gguf, Value};
 
 impl Vocab {
@@ -97,6 +99,29 @@ impl Vocab {
         }
         keys
     }
+}
+
+/// The keys of a GGUF file that say what its tokenizer is, unchanged, also those that are not understood here: the new
+/// file reads text as the old one did. `rows` is the number of rows of the embeddings.
+pub(crate) fn copied(gguf: &Gguf, rows: Option<u64>) -> Result<Vec<(String, Value)>, VocabError> {
+    let tokens = gguf.strings("tokenizer.ggml.tokens")?;
+    let at = At(gguf.path().to_path_buf());
+    if let Some(rows) = rows.filter(|rows| *rows != tokens.len() as u64) {
+        return Err(at.broken(format!(
+            "the embeddings have {rows} rows, and there are {} tokens",
+            tokens.len()
+        )));
+    }
+    let mut seen = HashSet::with_capacity(tokens.len());
+    if let Some(token) = tokens.iter().find(|token| !seen.insert(token.as_str())) {
+        return Err(at.broken(format!("the token {token:?} stands twice in the vocabulary")));
+    }
+    Templates::from_gguf(gguf)?;
+    let keys = gguf
+        .metadata()
+        .iter()
+        .filter(|(key, _)| key.starts_with("tokenizer.") || key.starts_with("pipit.tokenizer."));
+    Ok(keys.cloned().collect())
 }
 
 /// Old files have scores as integers.

@@ -2,7 +2,6 @@
 
 use std::num::NonZeroU32;
 use std::path::Path;
-use std::sync::OnceLock;
 
 use llama_cpp_2::context::params::{KvCacheType, LlamaContextParams};
 use llama_cpp_2::llama_backend::LlamaBackend;
@@ -11,14 +10,9 @@ use llama_cpp_2::model::LlamaModel;
 use llama_cpp_2::model::params::LlamaModelParams;
 use llama_cpp_2::token::LlamaToken;
 
-/// The backend, which can be initialised once in a process.
+/// The backend, which can be initialised once in a process: the library has it.
 pub(crate) fn backend() -> &'static LlamaBackend {
-    static BACKEND: OnceLock<LlamaBackend> = OnceLock::new();
-    BACKEND.get_or_init(|| {
-        let mut backend = LlamaBackend::init().unwrap();
-        backend.void_logs();
-        backend
-    })
+    pipit_convert::llama_cpp::backend().unwrap()
 }
 
 /// The logits after every token of `prompt`, one row after the other. The cache is f32 and flash attention is off,
