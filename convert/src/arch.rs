@@ -49,6 +49,10 @@ pub struct Architecture {
     pub models: &'static str,
     /// The tiny checkpoints of tests/fixtures/architectures that prove it.
     pub fixtures: &'static [&'static str],
+    /// The real models that go both ways in the tests.
+    pub real: &'static [&'static str],
+    /// The kinds of scaled rotation (`rope_type` of `config.json`), besides `default`.
+    pub rope: &'static [&'static str],
     /// `config.json` to the tensors that the checkpoint must have.
     pub tensors: FromConfig<Vec<TensorRule>>,
     /// `config.json` to tensors that only the GGUF file has, such as `rope_freqs.weight`.
@@ -229,6 +233,15 @@ pub fn of_config(config: &Map<String, Json>) -> Result<&'static Architecture, Ar
             key: "architectures".into(),
             why: "names no architecture".into(),
         })?;
+    if config.contains_key("text_config") {
+        return Err(ArchError::Config {
+            key: "text_config".into(),
+            why: format!(
+                "makes it a model of several modalities ({name}), of which only text is built\nhint: save its language \
+                 model alone: transformers' Gemma3ForCausalLM reads such a checkpoint and saves the text model"
+            ),
+        });
+    }
     ALL.iter()
         .find(|arch| arch.hugging_face.contains(&name))
         .copied()

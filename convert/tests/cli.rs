@@ -178,11 +178,11 @@ fn bad_gguf_files_are_named() {
         }
         std::fs::write(&bad, bytes).unwrap();
     };
-    replaced("llama", "qwen3");
+    replaced("llama", "bloom");
     import(
         &bad,
         &[
-            "the architecture qwen3 is not supported",
+            "the architecture bloom is not supported",
             "hint: built so far: llama",
         ],
     );
@@ -483,7 +483,17 @@ fn inspect_and_archs_tell_as_text_and_as_json() {
     assert_eq!(report["tensors"].as_array().unwrap().len(), 36);
     let output = pipit_convert(&["archs", "--json"]);
     let report: Json = serde_json::from_slice(&output.stdout).unwrap();
-    assert_eq!(report["architectures"][0]["name"], "llama");
+    let llama = &report["architectures"][0];
+    assert_eq!(llama["name"], "llama");
+    assert_eq!(llama["hugging_face"][1], "MistralForCausalLM");
+    assert_eq!(llama["proved_on"].as_array().unwrap().len(), 5);
+    let shown = String::from_utf8(pipit_convert(&["archs"]).stdout).unwrap();
+    for arch in report["architectures"].as_array().unwrap() {
+        assert!(
+            shown.contains(arch["hugging_face"][0].as_str().unwrap()),
+            "{shown}"
+        );
+    }
 }
 
 #[test]

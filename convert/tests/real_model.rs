@@ -88,3 +88,37 @@ fn smollm2_survives_the_way_to_a_checkpoint_and_back() {
         );
     }
 }
+
+#[test]
+fn gemma_3_survives_the_way_to_a_checkpoint_and_back() {
+    let scratch = tempfile::tempdir().unwrap();
+    let folder = scratch.path().join("gemma");
+    let original = Gguf::open(&support::gemma3()).unwrap();
+    let done = import(&original, &folder, TensorType::F32, &Silent).unwrap();
+    assert_eq!(done.parameters, 268_098_176);
+    let back = convert(&folder, &[], TensorType::F32, &scratch.path().join("f32.gguf")).unwrap();
+    assert_eq!(back.tensors().len(), original.tensors().len());
+    for tensor in original.tensors() {
+        // A row at a time: the embeddings alone are 640 MiB.
+        let columns = tensor.row_elements() as usize;
+        let bytes = tensor.kind.row_bytes(columns as u64).unwrap() as usize;
+        let mut values = vec![0.0; columns];
+        let rows = original.data(tensor).chunks_exact(bytes);
+        let other = back.tensor(&tensor.name).unwrap();
+        for (row, other) in rows.zip(back.data(other).chunks_exact(4 * columns)) {
+            dequantize(tensor.kind, row, columns, &mut values).unwrap();
+            let same = values
+                .iter()
+                .zip(other.as_chunks::<4>().0)
+                .all(|(a, b)| a.to_le_bytes() == *b);
+            assert!(same, "{} changed", tensor.name);
+        }
+    }
+    for (key, value) in original
+        .metadata()
+        .iter()
+        .filter(|(key, _)| key.starts_with("gemma3."))
+    {
+        assert_eq!(back.get(key), Some(value), "{key}");
+    }
+}

@@ -18,6 +18,8 @@ pub const GEMMA2: Architecture = Architecture {
     hugging_face: &["Gemma2ForCausalLM"],
     models: "Gemma 2 2B, 9B and 27B",
     fixtures: &["gemma2"],
+    real: &[],
+    rope: &[],
     tensors,
     extra_tensors,
     metadata,
@@ -89,7 +91,7 @@ fn extra_tensors(_: &Map<String, Json>) -> Result<Vec<ExtraTensor>, ArchError> {
 fn metadata(config: &Map<String, Json>) -> Result<Vec<(String, Value)>, ArchError> {
     let config = &Config(config);
     let sizes = sizes(config)?;
-    let rope = Rope::whole(config, THETA, &[])?;
+    let rope = Rope::whole(config, THETA, GEMMA2.rope)?;
     let mut keys = Keys::new(GEMMA2.name, config, &sizes, &rope)?;
     keys.kv_heads(&sizes);
     keys.head_dim(&sizes);

@@ -21,6 +21,8 @@ pub const GEMMA3: Architecture = Architecture {
     hugging_face: &["Gemma3ForCausalLM"],
     models: "Gemma 3 270M and 1B, and the larger ones saved as text models",
     fixtures: &["gemma3", "gemma3-linear"],
+    real: &["Gemma 3 270M"],
+    rope: &["linear"],
     tensors,
     extra_tensors,
     metadata,
@@ -87,7 +89,7 @@ fn extra_tensors(_: &Map<String, Json>) -> Result<Vec<ExtraTensor>, ArchError> {
 fn metadata(config: &Map<String, Json>) -> Result<Vec<(String, Value)>, ArchError> {
     let config = &Config(config);
     let sizes = sizes(config)?;
-    let mut rope = Rope::whole(config, THETA, &["linear"])?;
+    let mut rope = Rope::whole(config, THETA, GEMMA3.rope)?;
     rope.local_theta = rope.local_theta.or(Some(LOCAL_THETA));
     let mut keys = Keys::new(GEMMA3.name, config, &sizes, &rope)?;
     keys.kv_heads(&sizes);

@@ -16,6 +16,8 @@ pub const GRANITE: Architecture = Architecture {
     hugging_face: &["GraniteForCausalLM"],
     models: "Granite 3.0 to 3.3 2B and 8B",
     fixtures: &["granite", "granite-biases"],
+    real: &[],
+    rope: &["linear", "yarn"],
     tensors,
     extra_tensors,
     metadata,
@@ -33,7 +35,7 @@ const MULTIPLIERS: &[(&str, &str)] = &[
 const THETA: f64 = 10_000.0;
 
 fn rope(config: &Config<'_>) -> Result<Rope, ArchError> {
-    Rope::whole(config, THETA, &["linear", "yarn"])
+    Rope::whole(config, THETA, GRANITE.rope)
 }
 
 fn tensors(config: &Map<String, Json>) -> Result<Vec<TensorRule>, ArchError> {

@@ -18,6 +18,8 @@ pub const LFM2: Architecture = Architecture {
     hugging_face: &["Lfm2ForCausalLM"],
     models: "LFM2 350M, 700M, 1.2B and 2.6B, and LFM2.5",
     fixtures: &["lfm2", "lfm2-untied"],
+    real: &[],
+    rope: &["linear", "yarn"],
     tensors,
     extra_tensors,
     metadata,
@@ -68,7 +70,7 @@ const ATTENTION: &[Line] = &[
 const THETA: f64 = 1_000_000.0;
 
 fn rope(config: &Config<'_>) -> Result<Rope, ArchError> {
-    Rope::whole(config, THETA, &["linear", "yarn"])
+    Rope::whole(config, THETA, LFM2.rope)
 }
 
 fn sizes(config: &Config<'_>) -> Result<Sizes, ArchError> {

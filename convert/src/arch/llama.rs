@@ -17,6 +17,8 @@ pub const LLAMA: Architecture = Architecture {
     hugging_face: &["LlamaForCausalLM", "MistralForCausalLM"],
     models: "Llama 1 to 3.2, SmolLM, SmolLM2, TinyLlama, Mistral 7B",
     fixtures: &["llama-linear", "llama-yarn", "llama-factors", "mistral"],
+    real: &["SmolLM2-135M-Instruct"],
+    rope: &["linear", "yarn", "llama3"],
     tensors,
     extra_tensors,
     metadata,
@@ -48,7 +50,7 @@ pub(super) const LAYER: &[Line] = &[
 const THETA: f64 = 10_000.0;
 
 fn rope(config: &Config<'_>) -> Result<Rope, ArchError> {
-    Rope::whole(config, THETA, &["linear", "yarn", "llama3"])
+    Rope::whole(config, THETA, LLAMA.rope)
 }
 
 fn tensors(config: &Map<String, Json>) -> Result<Vec<TensorRule>, ArchError> {

@@ -18,6 +18,8 @@ pub const OLMO2: Architecture = Architecture {
     hugging_face: &["Olmo2ForCausalLM"],
     models: "OLMo 2 1B to 32B",
     fixtures: &["olmo2", "olmo2-yarn"],
+    real: &[],
+    rope: &["linear", "yarn"],
     tensors,
     extra_tensors,
     metadata,
@@ -42,7 +44,7 @@ const LAYER: &[Line] = &[
 const THETA: f64 = 10_000.0;
 
 fn rope(config: &Config<'_>) -> Result<Rope, ArchError> {
-    Rope::whole(config, THETA, &["linear", "yarn"])
+    Rope::whole(config, THETA, OLMO2.rope)
 }
 
 fn tensors(config: &Map<String, Json>) -> Result<Vec<TensorRule>, ArchError> {

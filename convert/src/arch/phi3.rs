@@ -18,6 +18,8 @@ pub const PHI3: Architecture = Architecture {
     hugging_face: &["Phi3ForCausalLM"],
     models: "Phi-3 mini and medium, Phi-3.5 mini, Phi-4, Phi-4-mini",
     fixtures: &["phi", "phi-long", "phi-short"],
+    real: &[],
+    rope: &["longrope"],
     tensors,
     extra_tensors,
     metadata,
@@ -37,7 +39,7 @@ const LAYER: &[Line] = &[
 const THETA: f64 = 10_000.0;
 
 fn rope(config: &Config<'_>) -> Result<Rope, ArchError> {
-    let rope = Rope::new(config, THETA, &["longrope"])?;
+    let rope = Rope::new(config, THETA, PHI3.rope)?;
     if let Scaling::LongRope(longrope) = &rope.scaling {
         let wanted = rotated(&Sizes::new(config)?, rope.share) / 2;
         for (key, found) in [("short_factor", &longrope.short), ("long_factor", &longrope.long)] {

@@ -18,6 +18,8 @@ pub const QWEN2: Architecture = Architecture {
     hugging_face: &["Qwen2ForCausalLM"],
     models: "Qwen2, Qwen2.5, DeepSeek-R1-Distill-Qwen",
     fixtures: &["qwen2", "qwen2-yarn"],
+    real: &[],
+    rope: &["linear", "yarn"],
     tensors,
     extra_tensors,
     metadata,
@@ -40,7 +42,7 @@ const LAYER: &[Line] = &[
 const THETA: f64 = 10_000.0;
 
 fn rope(config: &Config<'_>) -> Result<Rope, ArchError> {
-    Rope::whole(config, THETA, &["linear", "yarn"])
+    Rope::whole(config, THETA, QWEN2.rope)
 }
 
 fn tensors(config: &Map<String, Json>) -> Result<Vec<TensorRule>, ArchError> {

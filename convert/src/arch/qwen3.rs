@@ -18,6 +18,8 @@ pub const QWEN3: Architecture = Architecture {
     hugging_face: &["Qwen3ForCausalLM"],
     models: "Qwen3 0.6B to 32B",
     fixtures: &["qwen3", "qwen3-untied"],
+    real: &[],
+    rope: &["linear", "yarn"],
     tensors,
     extra_tensors,
     metadata,
@@ -48,7 +50,7 @@ fn sizes(config: &Config<'_>) -> Result<Sizes, ArchError> {
 }
 
 fn rope(config: &Config<'_>) -> Result<Rope, ArchError> {
-    Rope::whole(config, THETA, &["linear", "yarn"])
+    Rope::whole(config, THETA, QWEN3.rope)
 }
 
 fn tensors(config: &Map<String, Json>) -> Result<Vec<TensorRule>, ArchError> {

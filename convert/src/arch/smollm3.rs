@@ -16,6 +16,8 @@ pub const SMOLLM3: Architecture = Architecture {
     hugging_face: &["SmolLM3ForCausalLM"],
     models: "SmolLM3 3B",
     fixtures: &["smollm3", "smollm3-untied"],
+    real: &[],
+    rope: &["linear", "yarn"],
     tensors,
     extra_tensors,
     metadata,
@@ -34,7 +36,7 @@ fn rotated_layers(layers: usize) -> Vec<Json> {
 }
 
 fn rope(config: &Config<'_>) -> Result<Rope, ArchError> {
-    Rope::whole(config, THETA, &["linear", "yarn"])
+    Rope::whole(config, THETA, SMOLLM3.rope)
 }
 
 fn tensors(config: &Map<String, Json>) -> Result<Vec<TensorRule>, ArchError> {
