@@ -146,6 +146,11 @@ impl Checkpoint {
         self.tensors.contains(name) && !self.hidden.contains(name)
     }
 
+    /// Gives the memory back that reading a tensor took, so that what is resident does not grow with what was read.
+    pub fn release(&self, name: &str) {
+        self.tensors.release(name);
+    }
+
     /// The tensor of this name, which has a type that can be read as numbers.
     pub fn tensor(&self, name: &str) -> Result<TensorView<'_>, CheckpointError> {
         let view = self

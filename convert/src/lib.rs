@@ -15,6 +15,7 @@ pub mod llama_cpp;
 pub mod merge;
 pub mod model;
 pub mod output;
+mod pages;
 pub mod progress;
 pub mod quantize;
 pub mod report;

@@ -7,6 +7,7 @@
 mod general;
 mod metadata;
 mod plan;
+mod slab;
 mod source;
 mod stream;
 

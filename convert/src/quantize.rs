@@ -112,6 +112,12 @@ pub enum QuantizeError {
         /// Its value.
         value: String,
     },
+    /// Blocks of a quantised file hold NaN or infinity.
+    #[error("its {kind} blocks hold NaN or infinity\nhint: the file is damaged, or its training diverged")]
+    Blocks {
+        /// The type.
+        kind: &'static str,
+    },
     /// An element is too large for the type.
     #[error(
         "element {index} is {value}, too large for {kind}\nhint: BF16 and F32 hold it; --tensor-type gives one tensor another type"
@@ -209,26 +215,39 @@ pub fn quantize(
     }
     let start = out.len();
     out.resize(start + bytes, 0);
+    let id = kind.id() as llama_cpp_sys_2::ggml_type;
     // SAFETY: `out` has room for exactly the bytes that these rows take in this type (`whole_rows`; the table
     // of types is tested against ggml), the rows are whole blocks of finite numbers, and the importance is a row
     // long, or null where the kernel can do without.
     #[expect(unsafe_code, reason = "ggml is C")]
-    let valid = unsafe {
-        let blocks = out[start..].as_mut_ptr().cast();
-        let id = kind.id() as llama_cpp_sys_2::ggml_type;
-        let written = llama_cpp_sys_2::ggml_quantize_chunk(
+    let written = unsafe {
+        llama_cpp_sys_2::ggml_quantize_chunk(
             id,
             rows.as_ptr(),
-            blocks,
+            out[start..].as_mut_ptr().cast(),
             0,
             (rows.len() / row) as i64,
             row as i64,
             importance.map_or(std::ptr::null(), <[f32]>::as_ptr),
-        );
-        debug_assert_eq!(written, bytes);
-        llama_cpp_sys_2::ggml_validate_row_data(id, blocks, bytes)
+        )
     };
-    if valid { Ok(()) } else { Err(overflow()) }
+    debug_assert_eq!(written, bytes);
+    check_blocks(kind, &out[start..]).map_err(|_| overflow())
+}
+
+/// Checks that whole blocks hold finite numbers, as llama.cpp does before it uses a file.
+pub fn check_blocks(kind: TensorType, blocks: &[u8]) -> Result<(), QuantizeError> {
+    // SAFETY: reads the bytes as blocks of a type that ggml knows, at any alignment, and only whole ones: it
+    // checks the length first.
+    #[expect(unsafe_code, reason = "ggml is C")]
+    let valid = unsafe {
+        let id = kind.id() as llama_cpp_sys_2::ggml_type;
+        llama_cpp_sys_2::ggml_validate_row_data(id, blocks.as_ptr().cast(), blocks.len())
+    };
+    if valid {
+        return Ok(());
+    }
+    Err(QuantizeError::Blocks { kind: kind.name() })
 }
 
 /// The largest magnitude. An element that is not finite is an error.

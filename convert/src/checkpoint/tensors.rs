@@ -10,7 +10,7 @@ use serde::de::IgnoredAny;
 
 use super::quantized::Scale;
 use super::{CheckpointError, element};
-use crate::json;
+use crate::{json, pages};
 
 /// The tensors of one or more safetensors files. They stay on disk until they are asked for.
 #[derive(Debug, Default)]
@@ -137,6 +137,13 @@ impl TensorFiles {
     /// Whether there is a tensor of this name.
     pub fn contains(&self, name: &str) -> bool {
         self.tensors.contains_key(name)
+    }
+
+    /// Gives the memory back that reading a tensor took, so that what is resident does not grow with what was read.
+    pub fn release(&self, name: &str) {
+        if let Some(at) = self.tensors.get(name) {
+            pages::release(&self.shards[at.shard].bytes, at.start..at.end);
+        }
     }
 
     /// The tensor of this name.

@@ -253,6 +253,15 @@ impl Gguf {
         &file.bytes[start..start + tensor.size as usize]
     }
 
+    /// Gives the memory back that reading a tensor took, so that what is resident does not grow with what was read.
+    pub fn release(&self, name: &str) {
+        if let Some(tensor) = self.tensor(name) {
+            let file = &self.files[tensor.file];
+            let start = file.data_start + tensor.offset as usize;
+            file.bytes.release(start..start + tensor.size as usize);
+        }
+    }
+
     fn part_error(&self, part: usize, why: String) -> GgufError {
         let path = self
             .files

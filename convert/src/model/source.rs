@@ -8,7 +8,7 @@ use serde_json::{Map, Value as Json};
 use super::ModelError;
 use crate::arch::{self, Architecture, RowOrder, TensorRule};
 use crate::checkpoint::{Checkpoint, Dtype};
-use crate::gguf::{Gguf, TensorType, Value};
+use crate::gguf::{Gguf, TensorInfo, TensorType, Value};
 use crate::import;
 use crate::quantize;
 use crate::vocab::{self, Vocab};
@@ -193,6 +193,35 @@ impl SourceModel {
     }
 }
 
+impl SourceModel {
+    /// The blocks of some rows, if the model comes from a file that has the tensor in this very type, and that is
+    /// a type of blocks.
+    pub(super) fn blocks(
+        &self,
+        rule: &TensorRule,
+        kind: TensorType,
+        first: usize,
+        rows: usize,
+        columns: usize,
+    ) -> Option<&[u8]> {
+        let Weights::File(gguf) = &self.weights else {
+            return None;
+        };
+        let same = |tensor: &&TensorInfo| tensor.kind == kind && kind.block_elements() > 1;
+        let tensor = gguf.tensor(&rule.gguf).filter(same)?;
+        let row = kind.row_bytes(columns as u64)? as usize;
+        gguf.data(tensor).get(first * row..(first + rows) * row)
+    }
+
+    /// Gives the memory back that reading a tensor took; reading it again brings it back.
+    pub(super) fn release(&self, rule: &TensorRule) {
+        match &self.weights {
+            Weights::Folder(checkpoint) => checkpoint.release(&rule.hf),
+            Weights::File(gguf) => gguf.release(&rule.gguf),
+        }
+    }
+}
+
 /// Every tensor that the rules name must be there in its shape, and no other may be.
 fn check_folder(
     checkpoint: &Checkpoint,
@@ -258,5 +287,17 @@ fn can_be_left_out(checkpoint: &Checkpoint, name: &str) -> Result<bool, ModelErr
         checkpoint.tensor(name)?,
         checkpoint.tensor("model.embed_tokens.weight")?,
     );
-    Ok(head.dtype == embeddings.dtype && head.bytes == embeddings.bytes)
+    if head.dtype != embeddings.dtype || head.bytes.len() != embeddings.bytes.len() {
+        return Ok(false);
+    }
+    // Piece by piece, so that two tables of embeddings are never in memory as a whole.
+    let pieces = head.bytes.chunks(1 << 22).zip(embeddings.bytes.chunks(1 << 22));
+    for (head, embeddings) in pieces {
+        if head != embeddings {
+            return Ok(false);
+        }
+        checkpoint.release(name);
+        checkpoint.release("model.embed_tokens.weight");
+    }
+    Ok(true)
 }

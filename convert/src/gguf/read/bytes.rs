@@ -2,10 +2,12 @@
 
 use std::fs::File;
 use std::io;
-use std::ops::Deref;
+use std::ops::{Deref, Range};
 use std::path::Path;
 
 use memmap2::Mmap;
+
+use crate::pages;
 
 #[derive(Debug)]
 pub(super) enum Bytes {
@@ -24,6 +26,13 @@ impl Bytes {
         #[expect(unsafe_code, reason = "memory-mapping is unsafe by nature")]
         let bytes = unsafe { Mmap::map(&file) }?;
         Ok(Self::Mapped(bytes))
+    }
+
+    /// Gives the memory of a part of the mapped file back.
+    pub(super) fn release(&self, range: Range<usize>) {
+        if let Self::Mapped(bytes) = self {
+            pages::release(bytes, range);
+        }
     }
 }
 
