@@ -1,6 +1,7 @@
 //! The command line: what is common to all subcommands.
 
 mod archs;
+mod arguments;
 mod bar;
 mod import;
 mod inspect;
@@ -10,7 +11,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::bail;
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
 /// What the shell sees of a program that Ctrl-C ended.
 const INTERRUPTED: u8 = 130;
@@ -44,11 +45,15 @@ enum Command {
 struct Context {
     json: bool,
     quiet: bool,
+    /// What is written into a result of how it was made.
+    arguments: Vec<String>,
 }
 
 /// Parses the command line and runs it. Exit codes: 0 done, 1 failed, 2 usage, 130 interrupted.
 pub(crate) fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let command = Cli::command();
+    let matches = command.clone().get_matches();
+    let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
     let level = match (cli.quiet, cli.verbose) {
         (true, _) => "error",
         (_, 0) => "warn",
@@ -65,6 +70,7 @@ pub(crate) fn main() -> ExitCode {
     let context = Context {
         json: cli.json,
         quiet: cli.quiet,
+        arguments: arguments::recorded(&command, &matches),
     };
     let done = match cli.command {
         Command::Import(args) => import::run(&args, &context),

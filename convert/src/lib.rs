@@ -6,6 +6,7 @@
 
 pub mod adapter;
 pub mod arch;
+pub mod card;
 pub mod checkpoint;
 pub mod checksum;
 pub mod gguf;
@@ -14,6 +15,7 @@ pub mod json;
 pub mod llama_cpp;
 pub mod merge;
 pub mod model;
+pub mod modelfile;
 pub mod output;
 mod pages;
 pub mod progress;

@@ -20,6 +20,17 @@ pub enum LlamaCppError {
     Load(String),
 }
 
+/// The crate that brings llama.cpp, and its version.
+const CRATE: &str = "llama-cpp-sys-2 0.1.161";
+
+/// Which llama.cpp this is: the crate that brings it, and the version of the ggml in it.
+pub fn version() -> String {
+    #[expect(unsafe_code, reason = "ggml is C")]
+    // SAFETY: ggml gives a constant that ends in a zero.
+    let ggml = unsafe { CStr::from_ptr(llama_cpp_sys_2::ggml_version()) };
+    format!("{CRATE}, ggml {}", ggml.to_string_lossy())
+}
+
 /// What llama.cpp complained of last.
 static COMPLAINT: Mutex<String> = Mutex::new(String::new());
 
@@ -77,4 +88,18 @@ extern "C" fn log(level: llama_cpp_sys_2::ggml_log_level, text: *const c_char, _
         complaint.push_str(text);
     }
     tracing::debug!(target: "llama.cpp", "{text}");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_version_is_the_one_that_is_linked() {
+        let lock = concat!(env!("CARGO_MANIFEST_DIR"), "/../Cargo.lock");
+        let lock = std::fs::read_to_string(lock).unwrap();
+        let (name, version) = CRATE.split_once(' ').unwrap();
+        assert!(lock.contains(&format!("name = \"{name}\"\nversion = \"{version}\"\n")));
+        assert!(self::version().starts_with(&format!("{CRATE}, ggml ")));
+    }
 }

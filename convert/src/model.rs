@@ -5,8 +5,8 @@
 //! tensors are streamed through it in slabs of rows, so that memory does not grow with the model.
 
 mod general;
-mod metadata;
 mod plan;
+mod provenance;
 mod slab;
 mod source;
 mod stream;
@@ -14,6 +14,7 @@ mod stream;
 use std::path::PathBuf;
 
 pub use plan::{Plan, PlannedTensor};
+pub use provenance::Provenance;
 pub use source::SourceModel;
 
 use crate::arch::ArchError;

@@ -130,7 +130,7 @@ fn an_existing_result_stays_without_force() {
             .success()
     );
     Gguf::open(&out).unwrap();
-    assert_eq!(names(scratch.path()), ["out.gguf"]);
+    assert_eq!(names(scratch.path()), ["out.gguf", "out.gguf.md"]);
     let folder = scratch.path().join("folder");
     std::fs::create_dir(&folder).unwrap();
     fails(

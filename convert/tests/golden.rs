@@ -37,6 +37,7 @@ const ONLY_OURS: &[&str] = &[
     "pipit.tokenizer.proof.sha256",
     // Where the file comes from.
     "pipit.version",
+    "pipit.llama_cpp",
     "pipit.source.files",
     "pipit.source.sha256",
 ];

@@ -99,7 +99,7 @@ impl Model {
 
 fn convert(checkpoint: &Path, recipe: &Recipe, out: &Path) -> Result<Gguf, ModelError> {
     let model = SourceModel::open(checkpoint)?;
-    Plan::new(&model, &[], recipe)?.write(out, &Silent)?;
+    Plan::new(&model, &[], recipe)?.write(out, None, &Silent)?;
     Ok(Gguf::open(out).unwrap())
 }
 

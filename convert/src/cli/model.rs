@@ -1,6 +1,7 @@
 //! `pipit-convert model`
 
 mod recipe;
+mod result;
 mod table;
 
 use std::io::Write;
@@ -10,18 +11,19 @@ use std::time::Instant;
 use anyhow::bail;
 use pipit_convert::adapter::PeftAdapter;
 use pipit_convert::merge::ScaledAdapter;
-use pipit_convert::model::{Plan, SourceModel};
+use pipit_convert::model::{Plan, Provenance, SourceModel};
 use serde_json::json;
 
 use self::recipe::RecipeArgs;
+use self::result::ResultArgs;
 use super::bar::Bar;
-use super::{Context, check_output, size};
+use super::{Context, size};
 
 /// Make a GGUF file out of a checkpoint, with LoRA adapters merged into it
 ///
 /// The tensors are bit for bit those of llama.cpp's own converter. Adapters are merged in f32 before anything is
-/// rounded. The file also says what it was made of: pipit.version, pipit.source.* and pipit.adapter.* hold the
-/// names and sha256 sums.
+/// rounded. The file also says what it was made of (pipit.* holds names, sha256 sums and options), and so does a
+/// model card beside it.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
   pipit-convert model smollm2 -o smollm2.gguf
@@ -42,6 +44,8 @@ pub(super) struct Args {
     /// Do not compare llama.cpp's reading of the tokenizer with the checkpoint's own before writing
     #[arg(long)]
     no_tokenizer_proof: bool,
+    #[command(flatten)]
+    result: ResultArgs,
     /// Print what would be written, and write nothing
     #[arg(long)]
     dry_run: bool,
@@ -70,7 +74,7 @@ pub(super) fn run(args: &Args, context: &Context) -> anyhow::Result<()> {
     if let Some(output) = &args.output
         && !args.dry_run
     {
-        check_output(output, args.force)?;
+        args.result.check(output, args.force)?;
     }
     let mut model = SourceModel::open(&args.checkpoint)?;
     if args.no_tokenizer_proof {
@@ -86,16 +90,25 @@ pub(super) fn run(args: &Args, context: &Context) -> anyhow::Result<()> {
     let Some(output) = args.output.as_ref().filter(|_| !args.dry_run) else {
         return table::print(&plan, context);
     };
-    plan.add_provenance(&adapters)?;
+    plan.add_provenance(&Provenance {
+        adapters: &adapters,
+        imatrix: None,
+        arguments: &context.arguments,
+    })?;
     let merged = plan.table().iter().filter(|tensor| tensor.merged).count();
-    let bytes = plan.write(output, &Bar::new(context.quiet))?;
+    let source = (args.checkpoint.as_path(), args.recipe.file.name());
+    let written = args
+        .result
+        .write(&plan, output, source, args.force, &Bar::new(context.quiet))?;
+    let bytes = written.files.iter().map(|file| file.bytes).sum();
     let seconds = started.elapsed().as_secs_f64();
     let tensors = plan.header.tensors.len();
     let mut stdout = std::io::stdout().lock();
     if context.json {
         let report = json!({
             "output": output, "architecture": plan.architecture.name, "type": args.recipe.file.name(), "tensors": tensors,
-            "merged": merged, "bytes": bytes, "seconds": seconds,
+            "merged": merged, "bytes": bytes, "files": written.files, "card": written.card,
+            "modelfile": written.modelfile, "seconds": seconds,
         });
         writeln!(stdout, "{report}")?;
     } else {

@@ -1,5 +1,6 @@
 //! Writes a planned file, whole or in parts, so that all of it appears under its name or nothing does.
 
+use std::borrow::Cow;
 use std::collections::VecDeque;
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
@@ -25,20 +26,20 @@ pub struct WrittenFile {
 ///
 /// Until [`FilesWriter::commit`] there are only hidden files, and dropping this removes them.
 #[derive(Debug)]
-pub struct FilesWriter {
-    waiting: VecDeque<(PathBuf, Header)>,
+pub struct FilesWriter<'a> {
+    waiting: VecDeque<(PathBuf, Cow<'a, Header>)>,
     current: Option<(PathBuf, Writer<BufWriter<Summed>>)>,
     done: Vec<(WrittenFile, OutputFile)>,
 }
 
-impl FilesWriter {
+impl<'a> FilesWriter<'a> {
     /// Plans the file `path`, or, with `max_part_bytes`, as many parts as [`split::cut`] makes.
-    pub fn create(path: &Path, header: Header, max_part_bytes: Option<u64>) -> Result<Self, GgufError> {
+    pub fn create(path: &Path, header: &'a Header, max_part_bytes: Option<u64>) -> Result<Self, GgufError> {
         let headers = match max_part_bytes {
-            None => vec![header],
+            None => vec![Cow::Borrowed(header)],
             Some(bytes) => split::cut(header, bytes)?,
         };
-        let paths = part_paths(path, headers.len());
+        let paths = split::paths(path, headers.len());
         let mut writer = Self {
             waiting: paths.into_iter().zip(headers).collect(),
             current: None,
@@ -113,20 +114,6 @@ impl FilesWriter {
         }
         Ok(())
     }
-}
-
-/// The paths of the files that a result named `path` has, in so many parts.
-pub(super) fn part_paths(path: &Path, count: usize) -> Vec<PathBuf> {
-    if count == 1 {
-        return vec![path.to_path_buf()];
-    }
-    let stem = match path.extension() {
-        Some(extension) if extension == "gguf" => path.with_extension(""),
-        _ => path.to_path_buf(),
-    };
-    (0..count as u64)
-        .map(|no| split::path(&stem, no, count as u64))
-        .collect()
 }
 
 /// A file whose checksum is known when its last byte is written.

@@ -1,5 +1,6 @@
 //! Names and keys of a file in parts, as llama.cpp has them: its loader finds the parts by their names.
 
+use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 
 use super::{ALIGNMENT, GgufError, Header, Value};
@@ -33,44 +34,67 @@ pub fn parse(path: &Path) -> Option<(PathBuf, u64, u64)> {
     Some((path.with_file_name(stem), no, count))
 }
 
+/// The paths of the files of a result named `path`, in so many parts. `a.gguf` in two parts is
+/// `a-00001-of-00002.gguf` and `a-00002-of-00002.gguf`.
+pub fn paths(path: &Path, count: usize) -> Vec<PathBuf> {
+    if count == 1 {
+        return vec![path.to_path_buf()];
+    }
+    let stem = match path.extension() {
+        Some(extension) if extension == "gguf" => path.with_extension(""),
+        _ => path.to_path_buf(),
+    };
+    (0..count as u64)
+        .map(|no| self::path(&stem, no, count as u64))
+        .collect()
+}
+
 /// Cuts a planned file into parts whose tensors take at most `max_bytes` each, in their order. A tensor that is
 /// larger has a part of its own. One part comes back unchanged.
 ///
 /// As in llama-gguf-split, the keys are not counted, and all of them stand in the first part.
-pub fn cut(header: Header, max_bytes: u64) -> Result<Vec<Header>, GgufError> {
-    let total = header.tensors.len();
-    let mut parts = vec![Vec::new()];
-    let mut size = 0u64;
-    for tensor in header.tensors {
-        let bytes = tensor.size().unwrap_or(u64::MAX / 2).next_multiple_of(ALIGNMENT);
-        size = size.saturating_add(bytes);
-        let Some(part) = parts.last_mut() else { break };
-        if size > max_bytes && !part.is_empty() {
-            size = bytes;
-            parts.push(vec![tensor]);
-        } else {
-            part.push(tensor);
-        }
-    }
-    let count = parts.len();
+pub fn cut(header: &Header, max_bytes: u64) -> Result<Vec<Cow<'_, Header>>, GgufError> {
+    let starts = starts(header, max_bytes);
+    let count = starts.len();
     if count == 1 {
-        let tensors = parts.pop().unwrap_or_default();
-        return Ok(vec![Header { tensors, ..header }]);
+        return Ok(vec![Cow::Borrowed(header)]);
     }
+    let total = header.tensors.len();
     if count as u64 > MAX_PARTS || i32::try_from(total).is_err() {
         return Err(GgufError::Unwritable(format!(
             "{count} parts of {max_bytes} bytes are too many"
         )));
     }
-    let mut metadata = header.metadata;
-    let headers = parts.into_iter().enumerate().map(|(no, tensors)| {
-        let mut metadata = std::mem::take(&mut metadata);
+    let ends = starts.iter().skip(1).chain([&total]);
+    let parts = starts.iter().zip(ends).enumerate().map(|(no, (start, end))| {
+        let mut metadata = match no {
+            0 => header.metadata.clone(),
+            _ => Vec::new(),
+        };
         metadata.push((NO.into(), Value::U16(no as u16)));
         metadata.push((COUNT.into(), Value::U16(count as u16)));
         metadata.push((TENSORS.into(), Value::I32(total as i32)));
-        Header { metadata, tensors }
+        Cow::Owned(Header {
+            metadata,
+            tensors: header.tensors[*start..*end].to_vec(),
+        })
     });
-    Ok(headers.collect())
+    Ok(parts.collect())
+}
+
+/// The tensors that parts start with.
+fn starts(header: &Header, max_bytes: u64) -> Vec<usize> {
+    let mut starts = vec![0];
+    let mut size = 0u64;
+    for (at, tensor) in header.tensors.iter().enumerate() {
+        let bytes = tensor.size().unwrap_or(u64::MAX / 2).next_multiple_of(ALIGNMENT);
+        size = size.saturating_add(bytes);
+        if size > max_bytes && starts.last() != Some(&at) {
+            size = bytes;
+            starts.push(at);
+        }
+    }
+    starts
 }
 
 #[cfg(test)]
@@ -112,7 +136,7 @@ mod tests {
             ],
         };
         // 400 -> 416, 32, 4 -> 32, 32, 36 -> 64 bytes.
-        let parts = cut(header.clone(), 64).unwrap();
+        let parts = cut(&header, 64).unwrap();
         let names: Vec<Vec<_>> = parts
             .iter()
             .map(|part| part.tensors.iter().map(|t| t.name.as_str()).collect())
@@ -122,6 +146,6 @@ mod tests {
         assert_eq!(keys, [4, 3, 3, 3]);
         assert_eq!(parts[2].metadata[0], (NO.into(), Value::U16(2)));
         assert_eq!(parts[3].metadata[2], (TENSORS.into(), Value::I32(5)));
-        assert_eq!(cut(header.clone(), 1 << 20).unwrap(), [header]);
+        assert_eq!(cut(&header, 1 << 20).unwrap(), [Cow::Borrowed(&header)]);
     }
 }

@@ -10,7 +10,7 @@ use card::Card;
 use name::{Name, size_label, title};
 use serde_json::{Map, Value as Json};
 
-use super::metadata::folder_name;
+use super::provenance::folder_name;
 use super::source::Weights;
 use super::{ModelError, SourceModel};
 use crate::arch::Architecture;

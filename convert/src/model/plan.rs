@@ -1,6 +1,6 @@
 //! The plan: every tensor's name, type, shape and place, before a weight is touched.
 
-use super::{ModelError, SourceModel, general, metadata};
+use super::{ModelError, Provenance, SourceModel, general};
 use crate::arch::{self, Architecture, TensorRule};
 use crate::gguf::{Array, GgufError, Header, TensorPlan, TensorType, Value};
 use crate::merge::{Merge, ScaledAdapter};
@@ -140,11 +140,9 @@ impl<'a> Plan<'a> {
         })
     }
 
-    /// Adds the `pipit.*` keys: which files this was made of, by sha256. Reads them all once.
-    pub fn add_provenance(&mut self, adapters: &[ScaledAdapter]) -> Result<(), ModelError> {
-        self.header
-            .metadata
-            .extend(metadata::provenance(self.model, adapters)?);
+    /// Adds the `pipit.*` keys: what this was made of and how. Reads all the files once.
+    pub fn add_provenance(&mut self, provenance: &Provenance<'_>) -> Result<(), ModelError> {
+        self.header.metadata.extend(provenance.keys(self.model)?);
         Ok(())
     }
 

@@ -96,19 +96,6 @@ impl SourceModel {
         Ok(keys)
     }
 
-    /// The files that the model is made of.
-    pub(super) fn files(&self) -> Vec<PathBuf> {
-        match &self.weights {
-            Weights::File(_) => vec![self.path.clone()],
-            Weights::Folder(checkpoint) => {
-                let mut files: Vec<_> = checkpoint.shard_paths().map(Path::to_path_buf).collect();
-                files.push(self.path.join("config.json"));
-                files.push(self.path.join("tokenizer.json"));
-                files
-            }
-        }
-    }
-
     /// Every tensor that the rules name must be there in its shape, and no other may be.
     pub(super) fn check_tensors(
         &self,

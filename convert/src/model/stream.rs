@@ -1,28 +1,28 @@
 //! Writes a planned file: the header, then the tensors slab by slab.
 
-use std::io::{BufWriter, Write};
 use std::path::Path;
 
 use super::{ModelError, Plan};
-use crate::gguf::{GgufError, Writer};
-use crate::output::OutputFile;
+use crate::gguf::{FilesWriter, GgufError, WrittenFile};
 use crate::progress::Progress;
 
 impl Plan<'_> {
-    /// Writes the file. It stands under its name when it is whole, and not at all otherwise.
-    pub fn write(&self, path: &Path, progress: &dyn Progress) -> Result<u64, ModelError> {
-        let io = |source| ModelError::Write {
+    /// Writes the file, or parts of at most so many bytes of tensors. All of it stands under its name when it is
+    /// whole, and nothing otherwise.
+    pub fn write(
+        &self,
+        path: &Path,
+        max_part_bytes: Option<u64>,
+        progress: &dyn Progress,
+    ) -> Result<Vec<WrittenFile>, ModelError> {
+        let format = |e: GgufError| ModelError::Write {
             path: path.to_path_buf(),
-            source,
-        };
-        let format = |e: GgufError| {
-            io(match e {
+            source: match e {
                 GgufError::Write(e) => e,
                 other => std::io::Error::other(other),
-            })
+            },
         };
-        let size = self.file_size().map_err(format)?;
-        let mut output = OutputFile::create(path).map_err(io)?;
+        let mut writer = FilesWriter::create(path, &self.header, max_part_bytes).map_err(format)?;
         progress.start(
             "converting",
             self.header
@@ -31,16 +31,12 @@ impl Plan<'_> {
                 .filter_map(|tensor| tensor.size())
                 .sum(),
         );
-        let buffer = BufWriter::with_capacity(1 << 20, output.file_mut());
-        let mut writer = Writer::new(buffer, &self.header).map_err(format)?;
         self.encode_all(progress, |tensor, bytes| {
             writer.append(tensor, bytes).map_err(format)
         })?;
-        writer.finish().map_err(format)?.flush().map_err(io)?;
         if progress.cancelled() {
             return Err(ModelError::Interrupted);
         }
-        output.commit().map_err(io)?;
-        Ok(size)
+        writer.commit().map_err(format)
     }
 }

@@ -12,7 +12,7 @@ use std::process::{Command, Output};
 
 use pipit_convert::gguf::{Gguf, TensorType};
 use pipit_convert::merge::ScaledAdapter;
-use pipit_convert::model::{ModelError, Plan, SourceModel};
+use pipit_convert::model::{ModelError, Plan, Provenance, SourceModel};
 use pipit_convert::progress::Silent;
 use pipit_convert::quantize::{FileType, Recipe};
 
@@ -32,10 +32,13 @@ pub(crate) fn convert(
     let model = SourceModel::open(dir)?;
     let recipe = Recipe::new(FileType::from_name(kind.name()).unwrap());
     let mut plan = Plan::new(&model, adapters, &recipe)?;
-    plan.add_provenance(adapters)?;
-    let size = plan.write(out, &Silent)?;
+    plan.add_provenance(&Provenance {
+        adapters,
+        ..Provenance::default()
+    })?;
+    let files = plan.write(out, None, &Silent)?;
     let gguf = Gguf::open(out).unwrap();
-    assert_eq!(gguf.file_size(), size);
+    assert_eq!((files.len(), files[0].bytes), (1, gguf.file_size()));
     Ok(gguf)
 }
 
