@@ -156,6 +156,9 @@ pub enum Limit {
     /// A space is put only before the first stretch of text, and only if there is none; llama.cpp puts one before
     /// every stretch that follows a special token.
     SpaceOnce,
+    /// Runs of spaces are tokens that users defined. llama.cpp takes the longest first, as SentencePiece itself does;
+    /// the tokenizers library merges them, which ends otherwise for runs longer than the longest.
+    Runs,
     /// Words are cut where small letters turn large in any script; llama.cpp knows only those of ASCII.
     Case,
     /// llama.cpp takes ordinary tokens for control tokens because of their text (`</s>` in Qwen's vocabulary).
@@ -172,6 +175,7 @@ impl Limit {
         match self {
             Self::Nfc => "nfc",
             Self::SpaceOnce => "space_once",
+            Self::Runs => "runs",
             Self::Case => "case",
             Self::Overridden => "overridden",
             Self::Strip => "strip",
@@ -187,6 +191,9 @@ impl Limit {
             }
             Self::SpaceOnce => {
                 "the tokenizer puts a space before a text that has none; llama.cpp puts one before every text, and after every special token"
+            }
+            Self::Runs => {
+                "llama.cpp cuts runs of spaces as SentencePiece does, the longest token first, and transformers' fast tokenizer does not"
             }
             Self::Case => {
                 "the tokenizer cuts words where small letters turn large; llama.cpp does so in ASCII only, and does not keep accents that are characters of their own with their letter"

@@ -95,6 +95,11 @@ impl Added {
         }
     }
 
+    /// Whether it stands for spaces that llama.cpp will find in text before anything is merged.
+    pub(super) fn is_run(&self) -> bool {
+        !self.special && self.content.contains(SPACE)
+    }
+
     /// Puts it over the tokens of the model. False if there is no row for it.
     pub(super) fn lay_over(&self, at: &At, tokens: &mut [Slot]) -> Result<bool, VocabError> {
         let place = usize::try_from(self.id).ok().and_then(|id| tokens.get_mut(id));

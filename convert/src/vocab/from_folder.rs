@@ -155,8 +155,11 @@ impl Source {
             (byte_level::read(at, json, &added, size, clean, limits)?, None)
         } else if json.model.byte_fallback == Some(true) {
             let space = sentencepiece::space_prefix(at, &json, limits)?;
+            if added.iter().any(Added::is_run) {
+                limits.push(Limit::Runs);
+            }
             let parts = match proto_beside(dir, &json.model)? {
-                Some((at, proto)) => proto.into_parts(&at, &added, size)?,
+                Some((at, proto)) => proto.into_parts(&at, &added, size, false)?,
                 None => sentencepiece::from_json(at, json, &added, size)?,
             };
             (parts, Some(space))
@@ -191,7 +194,7 @@ impl Source {
         let added = added::collect(at, dir, &[], tokenizer_config)?;
         let defaults = proto.special();
         Ok(Self {
-            parts: proto.into_parts(at, &added, size)?,
+            parts: proto.into_parts(at, &added, size, true)?,
             post_processor: Json::Null,
             added,
             space_prefix: Some(space),

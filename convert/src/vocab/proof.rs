@@ -9,6 +9,7 @@ mod corpus;
 mod reference;
 mod shrink;
 
+use std::collections::HashMap;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
@@ -99,9 +100,11 @@ impl Vocab {
             self.limits.retain(|limit| *limit != Limit::Strip);
         }
         let (theirs, reference) = rayon::join(|| load(self, dir, name), || reference::load(self, dir));
+        let (tokenizer, aliases) = reference?;
         let mut pair = Pair {
             llama_cpp: theirs?,
-            tokenizer: reference?,
+            tokenizer,
+            aliases,
         };
         let overridden = pair.overridden(self);
         if !overridden.is_empty() {
@@ -174,6 +177,8 @@ fn load(vocab: &Vocab, dir: &Path, name: &str) -> Result<LlamaModel, ProofError>
 struct Pair {
     llama_cpp: LlamaModel,
     tokenizer: Tokenizer,
+    /// Identifiers that stand for others in it.
+    aliases: HashMap<u32, u32>,
 }
 
 impl Pair {
@@ -186,7 +191,8 @@ impl Pair {
     /// Those of the checkpoint's tokenizer; none where it fails, which llama.cpp never does.
     fn tokenizer(&self, text: &str, around: bool) -> Option<Vec<u32>> {
         let encoding = self.tokenizer.encode_fast(text, around).ok()?;
-        Some(encoding.get_ids().to_vec())
+        let own = |id: &u32| *self.aliases.get(id).unwrap_or(id);
+        Some(encoding.get_ids().iter().map(own).collect())
     }
 
     /// Ordinary tokens that llama.cpp takes for control tokens, by a list of texts in its source.

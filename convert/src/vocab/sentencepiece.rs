@@ -139,12 +139,14 @@ impl ModelProto {
         })
     }
 
-    /// The model, the text and the kind of each identifier. `size` is the number of rows of the embeddings.
+    /// The model, the text and the kind of each identifier. `size` is the number of rows of the embeddings. Pieces that
+    /// users defined are added tokens where there is no `tokenizer.json` to say which are.
     pub(super) fn into_parts(
         self,
         at: &At,
         added: &[Added],
         size: Option<usize>,
+        alone: bool,
     ) -> Result<Parts, VocabError> {
         let largest = added
             .iter()
@@ -157,19 +159,11 @@ impl ModelProto {
             let (Some(slot), Some(score)) = (slots.get_mut(id), scores.get_mut(id)) else {
                 return Err(added::no_row(at, &text, id as u64, size));
             };
-            let kind = piece.kind.unwrap_or(NORMAL);
-            *slot = Some((
-                if kind == USER_DEFINED {
-                    text.replace(SPACE, " ")
-                } else {
-                    text
-                },
-                if (NORMAL..=BYTE).contains(&kind) {
-                    kind
-                } else {
-                    NORMAL
-                },
-            ));
+            *slot = Some(match piece.kind.unwrap_or(NORMAL) {
+                USER_DEFINED if alone => (text.replace(SPACE, " "), USER_DEFINED),
+                kind @ (UNKNOWN | CONTROL | UNUSED | BYTE) => (text, kind),
+                _ => (text, NORMAL),
+            });
             *score = piece.score.unwrap_or(0.0);
         }
         finish(at, slots, scores, added)

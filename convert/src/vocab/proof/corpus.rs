@@ -2,7 +2,7 @@
 //!
 //! The corpus of a vocabulary is always the same: its random part comes from a generator with a fixed seed.
 
-use super::super::{BYTE, CONTROL, Model, SPACE, UNKNOWN, UNUSED, USER_DEFINED, Vocab, pre};
+use super::super::{BYTE, CONTROL, Limit, Model, SPACE, UNKNOWN, UNUSED, USER_DEFINED, Vocab, pre};
 
 /// Texts that a person wrote, the first of the corpus.
 const TEXTS: &[&str] = &[
@@ -113,6 +113,11 @@ pub(super) fn of(vocab: &Vocab) -> Corpus {
     let step = pieces.len().div_ceil(MOST_PIECES).max(1);
     let pieces: Vec<_> = pieces.into_iter().step_by(step).collect();
     texts.extend(pieces.chunks(TOGETHER).map(|chunk| chunk.join("\n")));
+    // Where runs of spaces are tokens, the sign that SentencePiece writes for a space is read otherwise by each of the
+    // three libraries.
+    if vocab.limits.contains(&Limit::Runs) {
+        texts.retain(|text| !text.contains(SPACE));
+    }
     Corpus {
         texts,
         pieces: pieces.len(),

@@ -1,5 +1,6 @@
 //! The checkpoint's own tokenizer, less what is known that llama.cpp does not do.
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use tokenizers::normalizers::{Prepend, Replace};
@@ -10,7 +11,7 @@ use tokenizers::{
     AddedToken, NormalizerWrapper, PreTokenizerWrapper, SplitDelimiterBehavior, Tokenizer, normalizers,
 };
 
-use super::super::{Limit, Model, Vocab};
+use super::super::{Limit, Model, SPACE, Vocab};
 use super::ProofError;
 
 /// The file that it is read from.
@@ -23,8 +24,11 @@ pub(super) fn path(dir: &Path) -> PathBuf {
     }
 }
 
+/// A tokenizer, and the identifiers that some of its own stand for.
+pub(super) type Reference = (Tokenizer, HashMap<u32, u32>);
+
 /// Reads it. For a folder that has only `tokenizer.model` it is what transformers makes of that file.
-pub(super) fn load(vocab: &Vocab, dir: &Path) -> Result<Tokenizer, ProofError> {
+pub(super) fn load(vocab: &Vocab, dir: &Path) -> Result<Reference, ProofError> {
     let path = path(dir);
     let json = path.extension().is_some_and(|extension| extension == "json");
     let read = if json {
@@ -37,10 +41,14 @@ pub(super) fn load(vocab: &Vocab, dir: &Path) -> Result<Tokenizer, ProofError> {
         why: why.to_string(),
     };
     let mut tokenizer = read.map_err(failed)?;
+    let mut aliases = HashMap::new();
     for limit in &vocab.limits {
-        leave_out(*limit, vocab, &mut tokenizer).map_err(failed)?;
+        match limit {
+            Limit::Runs => aliases = find_runs(&mut tokenizer).map_err(failed)?,
+            limit => leave_out(*limit, vocab, &mut tokenizer).map_err(failed)?,
+        }
     }
-    Ok(tokenizer)
+    Ok((tokenizer, aliases))
 }
 
 fn leave_out(limit: Limit, vocab: &Vocab, tokenizer: &mut Tokenizer) -> tokenizers::Result<()> {
@@ -70,12 +78,27 @@ fn leave_out(limit: Limit, vocab: &Vocab, tokenizer: &mut Tokenizer) -> tokenize
                 tokenizer.with_pre_tokenizer(Some(Sequence::new(steps)));
             }
         }
-        // Which ones they are is known when llama.cpp has loaded the vocabulary.
-        Limit::Overridden => {}
+        // Which ones they are is known when llama.cpp has loaded the vocabulary; and runs have been seen to.
+        Limit::Overridden | Limit::Runs => {}
         Limit::Strip => change_added(tokenizer, |token| token.lstrip(false).rstrip(false))?,
         Limit::SingleWord => change_added(tokenizer, |token| token.single_word(false))?,
     }
     Ok(())
+}
+
+/// Lets added tokens that spell spaces as U+2581 be found where spaces are. The library has no such token and gives it
+/// an identifier of its own.
+fn find_runs(tokenizer: &mut Tokenizer) -> tokenizers::Result<HashMap<u32, u32>> {
+    let mut aliases = HashMap::new();
+    for (id, token) in tokenizer.get_added_tokens_decoder() {
+        if token.special || !token.content.contains(SPACE) {
+            continue;
+        }
+        let text = token.content.replace(SPACE, " ");
+        tokenizer.add_tokens([AddedToken::from(text.clone(), false).normalized(false)])?;
+        aliases.extend(tokenizer.token_to_id(&text).map(|alias| (alias, id)));
+    }
+    Ok(aliases)
 }
 
 fn change_added(
