@@ -7,6 +7,7 @@ mod decoder;
 pub mod gemma2;
 pub mod gemma3;
 pub mod granite;
+mod keys;
 pub mod lfm2;
 pub mod llama;
 pub mod olmo2;
@@ -17,6 +18,7 @@ mod rope;
 pub mod smollm3;
 mod table;
 
+pub(crate) use decoder::shortest;
 use serde_json::{Map, Value as Json};
 
 use crate::gguf::{Gguf, GgufError, Value};
@@ -221,6 +223,14 @@ pub fn of_gguf(name: &str) -> Result<&'static Architecture, ArchError> {
         .ok_or_else(|| ArchError::Unknown {
             name: name.to_owned(),
         })
+}
+
+/// The architecture of a GGUF file, and its keys as `config.json`. Refuses keys that this does not carry over.
+pub fn read(gguf: &Gguf) -> Result<(&'static Architecture, Map<String, Json>), ArchError> {
+    let arch = of_gguf(gguf.string("general.architecture")?)?;
+    let config = (arch.config)(gguf)?;
+    keys::check(arch, gguf, &config)?;
+    Ok((arch, config))
 }
 
 /// The architecture that a `config.json` names.

@@ -4,6 +4,7 @@
 //! `generation_config.json`, the tokenizer's files and safetensors, one file or shards. Quantised blocks become
 //! f32 without loss: every block's value is an f32 already. As f16 or bf16 they are rounded once more.
 
+mod card;
 mod safetensors_file;
 
 use std::collections::BTreeSet;
@@ -107,8 +108,7 @@ pub fn import(
     kind: TensorType,
     progress: &dyn Progress,
 ) -> Result<Imported, ImportError> {
-    let arch = arch::of_gguf(gguf.string("general.architecture")?)?;
-    let mut config = (arch.config)(gguf)?;
+    let (arch, mut config) = arch::read(gguf)?;
     let vocab = vocab(gguf, &config)?;
     let rules = (arch.tensors)(&config)?;
     let jobs = check_tensors(gguf, arch, &config, &rules)?;
@@ -123,10 +123,9 @@ pub fn import(
     if let Some(name) = gguf.get("general.name").and_then(Value::as_str) {
         config.insert("_name_or_path".into(), json!(name));
     }
-    let generation = generation_config(&vocab);
-    for (key, value) in &generation {
-        config.insert(key.clone(), value.clone());
-    }
+    let mut generation = generation_config(&vocab);
+    config.extend(generation.clone());
+    generation.extend(card::sampling(gguf));
     let context = config
         .get("max_position_embeddings")
         .and_then(Json::as_u64)
@@ -146,7 +145,7 @@ pub fn import(
         "generation_config.json".to_owned(),
         crate::vocab::pretty(&Json::Object(generation)),
     ));
-    files.extend(model_card(gguf).map(|text| ("README.md".to_owned(), text)));
+    files.extend(card::model_card(gguf).map(|text| ("README.md".to_owned(), text)));
     for (name, text) in files {
         let path = dir.path().join(name);
         if let Some(above) = path.parent() {
@@ -249,31 +248,6 @@ pub(crate) fn check_tensors<'a>(
         });
     }
     Ok(jobs)
-}
-
-/// A model card with the licence and the languages, if the file names any: they go with the weights.
-fn model_card(gguf: &Gguf) -> Option<String> {
-    let plain = |text: &str| {
-        text.chars()
-            .all(|c| c.is_ascii_alphanumeric() || "-._".contains(c))
-    };
-    let license = gguf
-        .get("general.license")
-        .and_then(Value::as_str)
-        .filter(|text| plain(text))?;
-    let languages: String = gguf
-        .strings("general.languages")
-        .unwrap_or_default()
-        .iter()
-        .filter(|language| plain(language))
-        .map(|language| format!("- \"{language}\"\n"))
-        .collect();
-    let languages = if languages.is_empty() {
-        languages
-    } else {
-        format!("language:\n{languages}")
-    };
-    Some(format!("---\nlicense: {license}\n{languages}---\n"))
 }
 
 /// The special tokens that generation needs, by number.

@@ -480,7 +480,7 @@ impl<'a> Source<'a> {
 }
 
 /// The shortest decimal number that is this f32.
-pub(super) fn shortest(value: f32) -> f64 {
+pub(crate) fn shortest(value: f32) -> f64 {
     value.to_string().parse().unwrap_or(value.into())
 }
 

@@ -43,11 +43,7 @@ impl SourceModel {
             });
         }
         let gguf = Gguf::open(path).map_err(import::ImportError::from)?;
-        let name = gguf
-            .string("general.architecture")
-            .map_err(import::ImportError::from)?;
-        let config = arch::of_gguf(name).and_then(|arch| (arch.config)(&gguf));
-        let config = config.map_err(|source| ModelError::Arch {
+        let (_, config) = arch::read(&gguf).map_err(|source| ModelError::Arch {
             path: path.to_path_buf(),
             source,
         })?;

@@ -33,6 +33,8 @@ FIXTURES = Path(__file__).resolve().parent.parent / "fixtures" / "architectures"
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 PROMPT = 24
 STEP = 8
+#: Of these also F16 and Q8_0, with rows of which some are no whole number of blocks.
+ALL_TYPES = ["gemma3-linear", "phi-long", "lfm2"]
 SMALL = dict(hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
              max_position_embeddings=128)
 OLD = dict(rope_type="default", rope_theta=5000.0)
@@ -180,7 +182,7 @@ def main():
             whole = Path(scratch) / name
             shutil.copytree(FIXTURES / "tokenizer", whole)
             shutil.copytree(folder, whole, dirs_exist_ok=True)
-            for kind in ["f32", "bf16"]:
+            for kind in ["f32", *(["f16", "q8_0"] if name in ALL_TYPES else []), "bf16"]:
                 keys, tensors = convert(llama_cpp, whole, kind, "smollm")
                 result["tensors"][kind] = {name: f"{tensor['type']} {tensor['dimensions']} {tensor['sha256'][:16]}"
                                            for name, tensor in tensors.items()}

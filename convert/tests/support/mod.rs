@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "tests")]
 #![allow(dead_code, reason = "every test program uses a part of it")]
 
+pub(crate) mod architectures;
 pub(crate) mod llama_cpp;
 pub(crate) mod llama_quantize;
 pub(crate) mod synthetic;
