@@ -321,3 +321,89 @@ fn parts<'a>(json: &'a Json, key: &str) -> Vec<&'a Json> {
         None => vec![json],
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at() -> At {
+        At("tokenizer.model".into())
+    }
+
+    fn proto() -> ModelProto {
+        let piece = |text: &str| Piece {
+            piece: Some(text.to_owned()),
+            ..Piece::default()
+        };
+        ModelProto {
+            pieces: vec![piece("<unk>"), piece("a")],
+            trainer: Some(TrainerSpec {
+                model_type: Some(BPE),
+                ..TrainerSpec::default()
+            }),
+            normalizer: Some(NormalizerSpec {
+                remove_extra_whitespaces: Some(false),
+                ..NormalizerSpec::default()
+            }),
+        }
+    }
+
+    /// What is said of the model with a change.
+    fn refusal(change: impl FnOnce(&mut TrainerSpec, &mut NormalizerSpec)) -> String {
+        let mut proto = proto();
+        let (mut trainer, mut normalizer) = (proto.trainer.take().unwrap(), proto.normalizer.take().unwrap());
+        change(&mut trainer, &mut normalizer);
+        (proto.trainer, proto.normalizer) = (Some(trainer), Some(normalizer));
+        let read = ModelProto::parse(&at(), &proto.encode_to_vec());
+        read.and_then(|proto| proto.check_normalizer(&at()))
+            .unwrap_err()
+            .to_string()
+    }
+
+    #[test]
+    fn what_llama_cpp_does_not_do_is_refused() {
+        let plain = ModelProto::parse(&at(), &proto().encode_to_vec()).unwrap();
+        assert!(
+            plain.check_normalizer(&at()).unwrap(),
+            "a space before a text is the default"
+        );
+        assert!(refusal(|trainer, _| trainer.model_type = None).contains("unigram"));
+        assert!(refusal(|trainer, _| trainer.model_type = Some(3)).contains("type 3"));
+        assert!(refusal(|trainer, _| trainer.treat_whitespace_as_suffix = Some(true)).contains("as_suffix"));
+        let nmt = refusal(|_, normalizer| {
+            normalizer.name = Some("nmt_nfkc".into());
+            normalizer.precompiled_charsmap = Some(vec![1]);
+        });
+        assert!(nmt.contains("nmt_nfkc"), "{nmt}");
+        assert!(
+            refusal(|_, normalizer| normalizer.remove_extra_whitespaces = None)
+                .contains("remove_extra_whitespaces")
+        );
+        assert!(refusal(|_, normalizer| normalizer.escape_whitespaces = Some(false)).contains("escape"));
+        assert!(ModelProto::parse(&at(), b"").is_err(), "no pieces");
+    }
+
+    #[test]
+    fn a_byte_is_known_by_its_spelling() {
+        assert_eq!(byte_of("<0x0A>"), Some(10));
+        for other in ["<0x0a>", "<0xA>", "<0x+A>", "0x0A", "<0x0A> "] {
+            assert_eq!(byte_of(other), None, "{other}");
+        }
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn no_bytes_make_it_panic(bytes: Vec<u8>, cut in 0usize..64, flip in 0usize..64) {
+            let _ = ModelProto::parse(&at(), &bytes);
+            let mut model = proto().encode_to_vec();
+            let flip = flip % model.len();
+            model[flip] ^= 0x55;
+            model.truncate(model.len() - cut % model.len());
+            if let Ok(model) = ModelProto::parse(&at(), &model) {
+                let _ = model.check_normalizer(&at());
+                let _ = model.special();
+                let _ = model.into_parts(&at(), &[], Some(300), true);
+            }
+        }
+    }
+}
