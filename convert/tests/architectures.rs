@@ -12,6 +12,8 @@ use pipit_convert::gguf::{Array, Gguf, TensorType, Value};
 use pipit_convert::import::import;
 use pipit_convert::progress::Silent;
 use pipit_convert::quantize::dequantize;
+use safetensors::SafeTensors;
+use safetensors::tensor::TensorView;
 use serde_json::{Value as Json, json};
 use sha2::{Digest, Sha256};
 use support::architectures::{checkpoint, convert, names};
@@ -315,5 +317,43 @@ fn configurations_of_older_transformers_mean_the_same() {
         let old = convert(&folder, TensorType::F32, &scratch.path().join("old")).unwrap();
         assert_eq!(spelled_keys(&old), spelled_keys(&new), "{name}");
         assert_eq!(spelled_tensors(&old), spelled_tensors(&new), "{name}");
+    }
+}
+
+/// convert_hf_to_gguf.py cuts the rows away and leaves the tokens that it filled up: llama.cpp does not load that file.
+#[test]
+fn rows_of_the_embeddings_without_a_token_are_kept() {
+    let scratch = tempfile::tempdir().unwrap();
+    let folder = checkpoint("gemma3", scratch.path());
+    let plain = scratch.path().join("plain.gguf");
+    convert(&folder, TensorType::F32, &plain).unwrap();
+    let config = folder.join("config.json");
+    let text = std::fs::read_to_string(&config).unwrap();
+    std::fs::write(
+        &config,
+        text.replace("\"vocab_size\": 280", "\"vocab_size\": 296"),
+    )
+    .unwrap();
+    let weights = folder.join("model.safetensors");
+    let bytes = std::fs::read(&weights).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let mut tensors: BTreeMap<_, _> = file.tensors().into_iter().collect();
+    let name = "model.embed_tokens.weight";
+    let embeddings = tensors[name].clone();
+    let columns = embeddings.shape()[1];
+    let mut rows = embeddings.data().to_vec();
+    rows.extend_from_within(..16 * 2 * columns);
+    let padded = TensorView::new(embeddings.dtype(), vec![296, columns], &rows).unwrap();
+    tensors.insert(name.into(), padded);
+    std::fs::write(&weights, safetensors::serialize(&tensors, None).unwrap()).unwrap();
+    let padded = scratch.path().join("padded.gguf");
+    let gguf = convert(&folder, TensorType::F32, &padded).unwrap();
+    assert_eq!(gguf.tensor("token_embd.weight").unwrap().rows(), 296);
+    assert_eq!(gguf.strings("tokenizer.ggml.tokens").unwrap().len(), 296);
+    let prompt = [5, 6, 7, 200];
+    let (plain, padded) = (logits(&plain, &prompt), logits(&padded, &prompt));
+    for (plain, padded) in plain.chunks_exact(280).zip(padded.chunks_exact(296)) {
+        assert_eq!(plain, &padded[..280]);
+        assert_eq!(plain[..16], padded[280..]);
     }
 }

@@ -96,7 +96,8 @@ fn gemma_3_survives_the_way_to_a_checkpoint_and_back() {
     let original = Gguf::open(&support::gemma3()).unwrap();
     let done = import(&original, &folder, TensorType::F32, &Silent).unwrap();
     assert_eq!(done.parameters, 268_098_176);
-    let back = convert(&folder, &[], TensorType::F32, &scratch.path().join("f32.gguf")).unwrap();
+    let file = scratch.path().join("f32.gguf");
+    let back = support::architectures::convert(&folder, TensorType::F32, &file).unwrap();
     assert_eq!(back.tensors().len(), original.tensors().len());
     for tensor in original.tensors() {
         // A row at a time: the embeddings alone are 640 MiB.
