@@ -13,6 +13,8 @@ LLAMA_CPP_DIR is a source tree of llama.cpp with convert_hf_to_gguf.py. Needs to
     NAME/logits.safetensors transformers: a prompt, and its logits in f32 for every STEP-th token of the vocabulary;
                             for gemma also with the activation rounded as in llama.cpp
 
+    ../llama3_factors.json  llama.cpp's converter: the frequency factors of Llama 3's scaling, as the bits of f32
+
 The weights are random, with no symmetry and nothing at its default: norms and biases too.
 """
 
@@ -168,10 +170,34 @@ def checkpoint(name, folder, vocab_size):
     print(f"{name}: logits up to {logits.abs().max():.2f}, deviation {logits.std():.2f}")
 
 
+def llama3_factors():
+    """rope_freqs.weight of published models, by the code of llama.cpp's converter."""
+    from conversion.llama import LlamaModel
+
+    cases = []
+    for head_dim, theta, factor, low, high, context in [
+        (64, 500000.0, 32.0, 1.0, 4.0, 8192),  # Llama 3.2 1B
+        (128, 500000.0, 32.0, 1.0, 4.0, 8192),  # Llama 3.2 3B
+        (128, 500000.0, 8.0, 1.0, 4.0, 8192),  # Llama 3.1
+        (32, 5000.0, 6.0, 2.0, 5.0, 96),
+        (80, 10000.0, 2.5, 1.0, 3.75, 1000),
+    ]:
+        model = LlamaModel.__new__(LlamaModel)
+        model.block_count, model.hparams = 1, {"head_dim": head_dim}
+        model.rope_parameters = dict(rope_type="llama3", rope_theta=theta, factor=factor, low_freq_factor=low,
+                                     high_freq_factor=high, original_max_position_embeddings=context)
+        [(_, tensor)] = model.generate_extra_tensors()
+        cases.append(dict(head_dim=head_dim, theta=theta, factor=factor, low=low, high=high, context=context,
+                          bits=tensor.view(torch.int32).tolist()))
+    return cases
+
+
 def main():
     llama_cpp = Path(sys.argv[1]).resolve()
     shutil.rmtree(FIXTURES / "tokenizer", ignore_errors=True)
     vocab_size = tokenizer(FIXTURES / "tokenizer")
+    sys.path[:0] = [str(llama_cpp), str(llama_cpp / "gguf-py")]
+    (FIXTURES.parent / "llama3_factors.json").write_text(json.dumps(llama3_factors()) + "\n", encoding="utf-8")
     for name in sys.argv[2:] or CHECKPOINTS:
         folder = FIXTURES / name
         shutil.rmtree(folder, ignore_errors=True)

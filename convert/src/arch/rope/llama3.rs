@@ -138,6 +138,35 @@ mod tests {
     use super::*;
 
     #[test]
+    fn factors_are_those_of_llama_cpps_converter_bit_for_bit() {
+        #[derive(serde::Deserialize)]
+        struct Case {
+            head_dim: usize,
+            theta: f64,
+            factor: f64,
+            low: f64,
+            high: f64,
+            context: f64,
+            bits: Vec<u32>,
+        }
+        let cases = include_str!("../../../tests/fixtures/llama3_factors.json");
+        for case in serde_json::from_str::<Vec<Case>>(cases).unwrap() {
+            let constants = Llama3 {
+                factor: case.factor,
+                low: case.low,
+                high: case.high,
+                context: case.context,
+            };
+            let ours = constants.factors(case.head_dim, case.theta);
+            assert_eq!(
+                ours.iter().map(|f| f.to_bits()).collect::<Vec<_>>(),
+                case.bits,
+                "{constants:?}"
+            );
+        }
+    }
+
+    #[test]
     fn constants_that_give_the_same_factors_are_found() {
         let constants = |factor, low, high, context| Llama3 {
             factor,
