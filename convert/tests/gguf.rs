@@ -221,3 +221,69 @@ fn what_breaks_the_format_is_not_written() {
     writer.append("a", &[0; 4]).unwrap();
     assert!(writer.finish().is_err());
 }
+
+/// A file with one key for each pair and these tensors: name, dimensions, offset. All are F32.
+fn raw(keys: &[&str], tensors: &[(&str, &[u64], u64)], data: usize) -> Vec<u8> {
+    let mut bytes = b"GGUF\x03\0\0\0".to_vec();
+    bytes.extend((tensors.len() as u64).to_le_bytes());
+    bytes.extend((keys.len() as u64).to_le_bytes());
+    for key in keys {
+        bytes.extend((key.len() as u64).to_le_bytes());
+        bytes.extend(key.as_bytes());
+        bytes.extend(4u32.to_le_bytes());
+        bytes.extend(1u32.to_le_bytes());
+    }
+    for (name, dimensions, offset) in tensors {
+        bytes.extend((name.len() as u64).to_le_bytes());
+        bytes.extend(name.as_bytes());
+        bytes.extend((dimensions.len() as u32).to_le_bytes());
+        dimensions.iter().for_each(|n| bytes.extend(n.to_le_bytes()));
+        bytes.extend(0u32.to_le_bytes());
+        bytes.extend(offset.to_le_bytes());
+    }
+    bytes.resize(bytes.len().next_multiple_of(32) + data, 0);
+    bytes
+}
+
+#[test]
+fn what_a_header_may_not_promise_is_named() {
+    let says = |bytes: Vec<u8>, part: &str| {
+        let error = open(&bytes).unwrap_err().to_string();
+        assert!(error.contains(part), "{part:?} is not in {error}");
+    };
+    let long = "n".repeat(64);
+    open(&raw(&["k"], &[("a", &[8], 0), ("b", &[8], 32)], 64)).unwrap();
+    open(&raw(&[], &[(&long[..63], &[1, 1, 1, 8], 0)], 32)).unwrap();
+    says(raw(&["k", "k"], &[], 0), "the key k stands in it twice");
+    says(
+        raw(&[], &[("a", &[8], 0), ("a", &[8], 32)], 64),
+        "the tensor a stands in it twice",
+    );
+    says(
+        raw(&[], &[("a", &[9], 0), ("b", &[8], 32)], 64),
+        "tensors a and b overlap",
+    );
+    says(raw(&[], &[("a", &[8], 64)], 64), "tensor a ends at byte");
+    says(
+        raw(&[], &[("a", &[8], u64::MAX - 31)], 64),
+        "tensor a lies beyond any file",
+    );
+    says(raw(&[], &[("a", &[8], 16)], 64), "no multiple of 32");
+    says(raw(&[], &[("a", &[1, 1, 1, 1, 8], 0)], 32), "has 5 dimensions");
+    says(
+        raw(&[], &[(&long, &[8], 0)], 32),
+        "the name of a tensor has 64 bytes",
+    );
+    says(
+        raw(&[], &[("a", &[1 << 31], 0)], 64),
+        "tensor a has the shape [2147483648]",
+    );
+    says(
+        raw(&[], &[("a", &[0x7fff_ffff, 0x7fff_ffff, 0x7fff_ffff], 0)], 64),
+        "tensor a of type F32 has the shape",
+    );
+    says(
+        raw(&[], &[("a", &[0, 0x7fff_ffff, 0x7fff_ffff, 0x7fff_ffff], 0)], 64),
+        "tensor a of type F32 has the shape",
+    );
+}
