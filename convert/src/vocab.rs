@@ -104,6 +104,8 @@ pub struct Vocab {
     /// Whether encoding a text puts a space before it, where the source says so at all. Byte-level BPE in llama.cpp
     /// carries the flag and does not act on it.
     pub add_space_prefix: Option<bool>,
+    /// Whether added tokens swallow the white space behind them, as llama.cpp has it for models that are called Phi-3.
+    pub strips: bool,
     /// The chat templates.
     pub templates: Templates,
     /// What the checkpoint's tokenizer does and llama.cpp does not.
@@ -209,6 +211,13 @@ impl Limit {
             }
         }
     }
+}
+
+/// Whether llama.cpp lets the special tokens of a model of this name swallow the white space behind them
+/// (llama-vocab.cpp, `load`).
+fn is_phi3(name: &str) -> bool {
+    let name = name.to_lowercase();
+    name.contains("phi-3") || name.contains("phi3")
 }
 
 /// The file that is being read, for messages.

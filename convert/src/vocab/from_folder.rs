@@ -116,6 +116,7 @@ impl Vocab {
             add_eos: add_eos.unwrap_or(false),
             add_space_prefix: space_prefix
                 .or_else(|| tokenizer_config.get("add_prefix_space").and_then(Json::as_bool)),
+            strips: false,
             templates,
             limits,
         };

@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 
-use super::{At, Model, NORMAL, SpecialIds, Templates, Vocab, VocabError, pre};
+use super::{At, Model, NORMAL, SpecialIds, Templates, Vocab, VocabError, is_phi3, pre};
 use crate::gguf::{Array, Gguf, Value};
 
 impl Vocab {
@@ -49,6 +49,10 @@ impl Vocab {
             add_space_prefix: gguf
                 .bool_opt("tokenizer.ggml.add_space_prefix")?
                 .or(add_space_prefix),
+            strips: gguf
+                .get("general.name")
+                .and_then(Value::as_str)
+                .is_some_and(is_phi3),
             templates: Templates::from_gguf(gguf)?,
             limits: Vec::new(),
         };

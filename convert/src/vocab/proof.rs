@@ -21,7 +21,7 @@ use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 use tokenizers::{AddedToken, Tokenizer};
 
-use super::{CONTROL, Limit, UNKNOWN, USER_DEFINED, Vocab};
+use super::{CONTROL, Limit, UNKNOWN, USER_DEFINED, Vocab, is_phi3};
 use crate::gguf::{GgufError, Header, Value, Writer};
 use crate::llama_cpp::{self, LlamaCppError};
 
@@ -95,8 +95,7 @@ impl Vocab {
     /// `general.name`: llama.cpp gives the added tokens of a model that is called Phi-3 another meaning. What was
     /// listed in [`Vocab::limits`] and turns out to be no limit is taken from there.
     pub fn prove(&mut self, dir: &Path, name: &str) -> Result<Proof, ProofError> {
-        let strips = is_phi3(name);
-        if strips {
+        if is_phi3(name) {
             self.limits.retain(|limit| *limit != Limit::Strip);
         }
         let (theirs, reference) = rayon::join(|| load(self, dir, name), || reference::load(self, dir));
@@ -140,12 +139,6 @@ impl Vocab {
             tracing::warn!("tokenizer: {}", limit.meaning());
         }
     }
-}
-
-/// llama-vocab.cpp, `load`: their special tokens swallow the white space behind them.
-fn is_phi3(name: &str) -> bool {
-    let name = name.to_lowercase();
-    name.contains("phi-3") || name.contains("phi3")
 }
 
 /// Writes a GGUF file without tensors, and lets llama.cpp read it.

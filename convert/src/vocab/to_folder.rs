@@ -6,6 +6,9 @@ use serde_json::{Map, Value as Json, json};
 
 use super::{CONTROL, Model, UNKNOWN, UNUSED, USER_DEFINED, Vocab};
 
+/// Phi-3's added tokens that keep the white space behind them.
+const NEVER_STRIP: &[&str] = &["<unk>", "<s>", "<|endoftext|>"];
+
 impl Vocab {
     /// `tokenizer.json`, `tokenizer_config.json`, `special_tokens_map.json` and, if there are templates,
     /// `chat_template.jinja` and `additional_chat_templates/NAME.jinja`. `context_length` becomes
@@ -59,8 +62,9 @@ impl Vocab {
             // Added tokens stand here too, so that they keep their identifiers whatever the reader does.
             vocab.insert(token.clone(), json!(id));
             if matches!(*kind, CONTROL | USER_DEFINED | UNKNOWN) {
+                let strips = self.strips && !NEVER_STRIP.contains(&token.as_str());
                 added.push(json!({
-                    "id": id, "content": token, "single_word": false, "lstrip": false, "rstrip": false,
+                    "id": id, "content": token, "single_word": false, "lstrip": false, "rstrip": strips,
                     "normalized": false, "special": *kind != USER_DEFINED,
                 }));
             }
