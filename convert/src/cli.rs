@@ -3,9 +3,12 @@
 mod archs;
 mod arguments;
 mod bar;
+mod compare;
+mod imatrix;
 mod import;
 mod inspect;
 mod model;
+mod text;
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -15,6 +18,8 @@ use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
 /// What the shell sees of a program that Ctrl-C ended.
 const INTERRUPTED: u8 = 130;
+/// A model is farther from its reference than the user allows.
+const TOO_FAR: u8 = 3;
 
 /// Checkpoints and LoRA adapters to quantised GGUF files, and back.
 #[derive(Debug, Parser)]
@@ -38,6 +43,8 @@ enum Command {
     Import(import::Args),
     Model(model::Args),
     Inspect(inspect::Args),
+    Imatrix(imatrix::Args),
+    Compare(compare::Args),
     Archs(archs::Args),
 }
 
@@ -49,7 +56,8 @@ struct Context {
     arguments: Vec<String>,
 }
 
-/// Parses the command line and runs it. Exit codes: 0 done, 1 failed, 2 usage, 130 interrupted.
+/// Parses the command line and runs it. Exit codes: 0 done, 1 failed, 2 usage, 3 beyond `--max-kl`,
+/// 130 interrupted.
 pub(crate) fn main() -> ExitCode {
     let command = Cli::command();
     let matches = command.clone().get_matches();
@@ -76,6 +84,8 @@ pub(crate) fn main() -> ExitCode {
         Command::Import(args) => import::run(&args, &context),
         Command::Model(args) => model::run(&args, &context),
         Command::Inspect(args) => inspect::run(&args, &context),
+        Command::Imatrix(args) => imatrix::run(&args, &context),
+        Command::Compare(args) => compare::run(&args, &context),
         Command::Archs(args) => archs::run(&args, &context),
     };
     match done {
@@ -90,6 +100,8 @@ pub(crate) fn main() -> ExitCode {
             eprintln!("error: {}", pipit_convert::report::describe(e.chain()));
             if bar::stopped() {
                 ExitCode::from(INTERRUPTED)
+            } else if e.is::<compare::TooFar>() {
+                ExitCode::from(TOO_FAR)
             } else {
                 ExitCode::FAILURE
             }
