@@ -1,14 +1,18 @@
 //! A PEFT adapter folder: `adapter_config.json` and `adapter_model.safetensors`.
 
 mod peft;
+mod to_gguf;
+mod weights;
 
 use std::collections::BTreeMap;
 
-pub use peft::{AdapterError, LoraModule, PeftAdapter};
+pub use peft::{AdapterError, PeftAdapter};
 use serde::de::{MapAccess, Visitor};
 use serde::ser::SerializeMap;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::Value;
+pub use to_gguf::{GgufAdapter, GgufAdapterError};
+pub use weights::{LoraModule, TokenRows};
 
 /// `adapter_config.json` of a LoRA adapter, spelled as PEFT's `LoraConfig` spells it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

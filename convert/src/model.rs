@@ -5,6 +5,7 @@
 //! tensors are streamed through it in slabs of rows, so that memory does not grow with the model.
 
 mod general;
+mod merged;
 mod plan;
 mod provenance;
 mod slab;

@@ -359,7 +359,7 @@ fn adapters_that_do_not_fit_are_named() {
         text(&plain),
         &[
             "adapters/plain",
-            "mlp.down_proj is 32×64",
+            "mlp.down_proj.weight is [32, 64]",
             "[36, 64]",
             "another base",
             "names tied",
@@ -381,13 +381,17 @@ fn adapters_that_do_not_fit_are_named() {
         std::fs::copy(plain.join(file), dir.join(file)).unwrap();
     }
     edit(&dir.join("adapter_config.json"), |config| {
-        config["use_dora"] = true.into()
+        config["use_qalora"] = true.into()
     });
-    model(&tied, text(&dir), &["`use_dora` is active", "plain LoRA"]);
+    model(
+        &tied,
+        text(&dir),
+        &["`use_qalora` is active (true)", "not supported"],
+    );
     let deep = scratch.path().join("deep");
     copy("tied", &deep);
     edit(&dir.join("adapter_config.json"), |config| {
-        config["use_dora"] = false.into();
+        config["use_qalora"] = false.into();
         config["r"] = 8.into();
     });
     model(&tied, text(&dir), &["rank 4", "says 8"]);

@@ -1,21 +1,19 @@
 //! Our GGUF files against those of llama.cpp's convert_hf_to_gguf.py and `llama_model_quantize`, tensor by tensor and
-//! key by key; merged adapters against PEFT. The fixtures are made by tests/references/make_fixtures.py.
+//! key by key. The fixtures are made by tests/references/make_fixtures.py.
 
 #![allow(clippy::unwrap_used, reason = "tests")]
 
 mod support;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::ffi::CString;
 
 use pipit_convert::adapter::PeftAdapter;
-use pipit_convert::arch::{RowOrder, llama};
-use pipit_convert::checkpoint::{Checkpoint, TensorFiles};
 use pipit_convert::gguf::{Array, Gguf, TensorType, Value};
 use pipit_convert::merge::ScaledAdapter;
 use serde_json::{Value as Json, json};
 use sha2::{Digest, Sha256};
-use support::{convert, fixture, floats};
+use support::{convert, fixture};
 
 const KINDS: [(TensorType, &str); 4] = [
     (TensorType::F32, "f32"),
@@ -168,102 +166,6 @@ fn quantised_tensors_are_those_of_llama_model_quantize() {
                 "{kind}: {} differs",
                 tensor.name
             );
-        }
-    }
-}
-
-/// PEFT's merged weights against ours, in the checkpoint's order of rows.
-fn check_merge(name: &str, user_scale: f32) {
-    let base = Checkpoint::open(&fixture("tied")).unwrap();
-    let merged = TensorFiles::open(&fixture("adapters").join(name).join("merged.safetensors")).unwrap();
-    let open = || PeftAdapter::open(&fixture("adapters").join(name)).unwrap();
-    let scratch = tempfile::tempdir().unwrap();
-    let adapters = [ScaledAdapter {
-        adapter: open(),
-        scale: user_scale,
-    }];
-    let gguf = convert(
-        &fixture("tied"),
-        &adapters,
-        TensorType::F32,
-        &scratch.path().join("merged.gguf"),
-    )
-    .unwrap();
-    let plain = convert(
-        &fixture("tied"),
-        &[],
-        TensorType::F32,
-        &scratch.path().join("plain.gguf"),
-    )
-    .unwrap();
-    let mut changed = BTreeSet::new();
-    for rule in (llama::LLAMA.tensors)(base.config()).unwrap() {
-        let ours = floats(&gguf, &rule.gguf);
-        if !merged.contains(&rule.hf) {
-            assert_eq!(ours, floats(&plain, &rule.gguf), "{} changed", rule.hf);
-            continue;
-        }
-        changed.insert(rule.hf.clone());
-        let theirs = merged.tensor(&rule.hf).unwrap().to_f32().unwrap();
-        let before = base.tensor(&rule.hf).unwrap().to_f32().unwrap();
-        let columns = rule.shape[1];
-        for (row, ours) in ours.chunks_exact(columns).enumerate() {
-            let at = rule.rows.to_hf(row) * columns;
-            for (i, ours) in ours.iter().enumerate() {
-                let (before, theirs) = (before[at + i], theirs[at + i]);
-                let wanted = before + user_scale * (theirs - before);
-                assert!(
-                    (ours - wanted).abs() <= 1e-6 * wanted.abs().max(1.0),
-                    "{}: {ours} {wanted}",
-                    rule.hf
-                );
-            }
-        }
-        assert!(rule.rows == RowOrder::Same || rule.hf.contains("q_proj") || rule.hf.contains("k_proj"));
-    }
-    assert_eq!(changed.len(), merged.names().count());
-    assert_eq!(changed.len(), open().modules().len());
-}
-
-#[test]
-fn a_merged_adapter_is_pefts() {
-    check_merge("plain", 1.0);
-}
-
-#[test]
-fn rank_stabilised_scale_and_patterns_are_pefts() {
-    check_merge("rslora", 1.0);
-}
-
-#[test]
-fn the_users_scale_multiplies() {
-    check_merge("plain", -0.5);
-}
-
-#[test]
-fn several_adapters_add_up() {
-    let scratch = tempfile::tempdir().unwrap();
-    let open = |name: &str, scale| ScaledAdapter {
-        adapter: PeftAdapter::open(&fixture("adapters").join(name)).unwrap(),
-        scale,
-    };
-    let convert = |adapters: &[ScaledAdapter], name: &str| {
-        convert(
-            &fixture("tied"),
-            adapters,
-            TensorType::F32,
-            &scratch.path().join(name),
-        )
-        .unwrap()
-    };
-    let both = convert(
-        &[open("plain", 1.0), open("rslora", 0.5), open("plain", -1.0)],
-        "both",
-    );
-    let one = convert(&[open("rslora", 0.5)], "one");
-    for tensor in one.tensors() {
-        for (a, b) in floats(&both, &tensor.name).iter().zip(floats(&one, &tensor.name)) {
-            assert!((a - b).abs() < 1e-6, "{}", tensor.name);
         }
     }
 }

@@ -1,7 +1,7 @@
-//! Reads a LoRA adapter as PEFT saves it: configuration, and one pair of f32 matrices per adapted module.
+//! Reads a LoRA adapter as PEFT saves it: what the configuration asks for, and the weights.
 //!
-//! Everything that would change the model beyond `W + s·B·A` is refused by name, so that nothing of an adapter
-//! is left out silently. Source: peft/tuners/lora/{config,layer,model}.py.
+//! Every field of the configuration that is active and not understood is refused by name, so that nothing of an
+//! adapter is left out silently. Source: peft/tuners/lora/{config,layer,model}.py.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -9,8 +9,10 @@ use std::path::{Path, PathBuf};
 use regex::Regex;
 use serde_json::Value;
 
+use super::weights::{AdapterWeights, LoraModule, TokenRows};
 use super::{AdapterConfig, Patterns};
 use crate::checkpoint::{CheckpointError, TensorFiles, TensorView};
+use crate::json;
 
 /// What can be wrong with an adapter folder.
 #[derive(Debug, thiserror::Error)]
@@ -34,10 +36,8 @@ pub enum AdapterError {
         /// What is wrong with it.
         why: String,
     },
-    /// The adapter has a part that plain LoRA does not have, and that is not built here.
-    #[error(
-        "{path}: `{key}` is active ({value}), and that is not supported: only plain LoRA on linear layers is"
-    )]
+    /// The adapter has a part that is not built, or that the place where it is to go cannot have.
+    #[error("{path}: `{key}` is active ({value}), and that is not supported here")]
     Unsupported {
         /// The configuration, or the weights.
         path: PathBuf,
@@ -61,34 +61,18 @@ pub enum AdapterError {
     Tensors(#[from] CheckpointError),
 }
 
-/// The adapter of one linear module: the weight becomes `W + scale · lora_b · lora_a`.
-#[derive(Debug, Clone, PartialEq)]
-pub struct LoraModule {
-    /// The inner dimension.
-    pub rank: usize,
-    /// The number of inputs of the module.
-    pub n_in: usize,
-    /// The number of outputs of the module.
-    pub n_out: usize,
-    /// `[rank, n_in]`, row-major.
-    pub lora_a: Vec<f32>,
-    /// `[n_out, rank]`, row-major.
-    pub lora_b: Vec<f32>,
-    /// `alpha / rank`, or `alpha / √rank` with rank-stabilised LoRA, both after the patterns.
-    pub scale: f32,
-}
-
-/// An adapter folder, read whole (adapters are small).
+/// An adapter folder. The matrices of its modules are read, what it replaces whole stays on disk.
 #[derive(Debug)]
 pub struct PeftAdapter {
     dir: PathBuf,
     config: AdapterConfig,
-    modules: BTreeMap<String, LoraModule>,
+    files: TensorFiles,
+    weights: AdapterWeights,
 }
 
 impl PeftAdapter {
-    /// Reads the folder. Refuses by name whatever plain LoRA does not have: DoRA, `modules_to_save`, trained
-    /// biases, adapters of embeddings, …
+    /// Reads the folder: LoRA with all that PEFT puts beside it (DoRA, biases, embeddings, trained tokens, tensors
+    /// saved whole).
     pub fn open(dir: &Path) -> Result<Self, AdapterError> {
         let no = |why: &str| AdapterError::NoAdapter {
             path: dir.to_path_buf(),
@@ -109,19 +93,19 @@ impl PeftAdapter {
         if !weights.is_file() {
             return Err(no("it has no adapter_model.safetensors"));
         }
-        let text = std::fs::read_to_string(&config_path).map_err(|source| CheckpointError::Read {
+        let text = json::read_bytes(&config_path).map_err(|source| CheckpointError::Read {
             path: config_path.clone(),
             source,
         })?;
-        let config: AdapterConfig = serde_json::from_str(&text).map_err(|e| AdapterError::Config {
+        let config: AdapterConfig = json::from_slice(&text).map_err(|e| AdapterError::Config {
             path: config_path.clone(),
             why: e.to_string(),
         })?;
-        refuse_what_is_not_plain(&config_path, &config)?;
+        check(&config_path, &config)?;
         let ranks = Compiled::new(&config_path, "rank_pattern", &config.rank_pattern)?;
         let alphas = Compiled::new(&config_path, "alpha_pattern", &config.alpha_pattern)?;
         let files = TensorFiles::open(&weights)?;
-        let modules = read_modules(&weights, &files, |module| {
+        let weights = AdapterWeights::read(&weights, &files, &config, |module| {
             let rank = ranks.get(module).unwrap_or(config.r);
             let alpha = alphas.get(module).unwrap_or(config.lora_alpha);
             let divisor = if config.use_rslora {
@@ -131,13 +115,14 @@ impl PeftAdapter {
             };
             (rank, (alpha / divisor) as f32)
         })?;
-        if modules.is_empty() {
+        if weights.modules.is_empty() {
             return Err(no("its weights hold no lora_A and lora_B"));
         }
         Ok(Self {
             dir: dir.to_path_buf(),
             config,
-            modules,
+            files,
+            weights,
         })
     }
 
@@ -158,17 +143,54 @@ impl PeftAdapter {
 
     /// The adapted modules by name (`model.layers.0.self_attn.q_proj`), sorted.
     pub fn modules(&self) -> &BTreeMap<String, LoraModule> {
-        &self.modules
+        &self.weights.modules
     }
 
     /// The adapter of one module.
     pub fn module(&self, name: &str) -> Option<&LoraModule> {
-        self.modules.get(name)
+        self.weights.modules.get(name)
     }
 
     /// The scale of one module.
     pub fn scale(&self, name: &str) -> Option<f32> {
-        self.modules.get(name).map(|module| module.scale)
+        self.module(name).map(|module| module.scale)
+    }
+
+    /// The tensors that it brings whole, by the name that they have in the checkpoint.
+    pub fn replaced(&self) -> impl Iterator<Item = (&str, TensorView<'_>)> {
+        let whole = self.weights.replaced.iter();
+        whole.filter_map(|(name, key)| Some((name.as_str(), self.files.tensor(key)?)))
+    }
+
+    /// The rows of embeddings that it brings, by the name of the module.
+    pub fn tokens(&self) -> &BTreeMap<String, TokenRows> {
+        &self.weights.tokens
+    }
+
+    /// The first thing that it has beyond `W + s·B·A` on linear layers, as the error that refuses it.
+    pub fn beyond_plain(&self) -> Option<AdapterError> {
+        let modules = self.modules().iter().find_map(|(name, module)| {
+            let what = if module.embedding {
+                "lora_embedding_A"
+            } else if module.magnitude.is_some() {
+                "lora_magnitude_vector"
+            } else if module.bias.is_some() {
+                "lora_B.bias"
+            } else {
+                return None;
+            };
+            Some((format!("{name}.{what}"), "not plain LoRA on a linear layer"))
+        });
+        let tokens = self.tokens().keys().next();
+        let tokens = tokens.map(|name| (format!("{name}.token_adapter"), "trained rows of embeddings"));
+        let whole = self.weights.replaced.keys().next();
+        let whole = whole.map(|name| (name.clone(), "a tensor that is saved whole"));
+        let (key, value) = modules.or(tokens).or(whole)?;
+        Some(AdapterError::Unsupported {
+            path: Self::weights_path(&self.dir),
+            key,
+            value: value.into(),
+        })
     }
 }
 
@@ -195,7 +217,8 @@ impl<T: Copy> Compiled<T> {
     }
 }
 
-/// Keys that say how the adapter was trained or found, and leave `W + s·B·A` as it is.
+/// Keys that say how the adapter was trained or found and change nothing of how it is merged, and those whose effect
+/// is in the weights: the tensors say which layers, biases and tokens are adapted.
 const HARMLESS: &[&str] = &[
     "auto_mapping",
     "revision",
@@ -210,9 +233,12 @@ const HARMLESS: &[&str] = &[
     "megatron_core",
     "qalora_group_size",
     "runtime_config",
+    "lora_bias",
+    "trainable_token_indices",
+    "ensure_weight_tying",
 ];
 
-fn refuse_what_is_not_plain(path: &Path, config: &AdapterConfig) -> Result<(), AdapterError> {
+fn check(path: &Path, config: &AdapterConfig) -> Result<(), AdapterError> {
     let unsupported = |key: &str, value: String| {
         Err(AdapterError::Unsupported {
             path: path.to_path_buf(),
@@ -220,30 +246,24 @@ fn refuse_what_is_not_plain(path: &Path, config: &AdapterConfig) -> Result<(), A
             value,
         })
     };
+    let wrong = |why: &str| {
+        Err(AdapterError::Config {
+            path: path.to_path_buf(),
+            why: why.into(),
+        })
+    };
     if config.peft_type != "LORA" {
         return unsupported("peft_type", config.peft_type.clone());
     }
     if config.r == 0 || config.rank_pattern.0.iter().any(|(_, rank)| *rank == 0) {
-        return Err(AdapterError::Config {
-            path: path.to_path_buf(),
-            why: "a rank is 0".into(),
-        });
+        return wrong("a rank is 0");
     }
-    if config.use_dora {
-        return unsupported("use_dora", "true".into());
+    let alphas = config.alpha_pattern.0.iter().map(|(_, alpha)| *alpha);
+    if !alphas.chain([config.lora_alpha]).all(f64::is_finite) {
+        return wrong("an alpha is no finite number");
     }
-    if config.bias != "none" {
+    if !matches!(config.bias.as_str(), "none" | "all" | "lora_only") {
         return unsupported("bias", config.bias.clone());
-    }
-    if config.fan_in_fan_out {
-        return unsupported("fan_in_fan_out", "true".into());
-    }
-    if let Some(modules) = config
-        .modules_to_save
-        .as_ref()
-        .filter(|modules| !modules.is_empty())
-    {
-        return unsupported("modules_to_save", modules.join(", "));
     }
     for (key, value) in &config.other {
         let active = match value {
@@ -263,72 +283,6 @@ fn refuse_what_is_not_plain(path: &Path, config: &AdapterConfig) -> Result<(), A
         }
     }
     Ok(())
-}
-
-/// Pairs the tensors up. `rank_and_scale` gives what the configuration says of a module.
-fn read_modules(
-    path: &Path,
-    files: &TensorFiles,
-    rank_and_scale: impl Fn(&str) -> (usize, f32),
-) -> Result<BTreeMap<String, LoraModule>, AdapterError> {
-    let mut pairs: BTreeMap<&str, [Option<TensorView<'_>>; 2]> = BTreeMap::new();
-    for name in files.names() {
-        let short = name.strip_prefix("base_model.model.").unwrap_or(name);
-        let (module, at) = match (
-            short.strip_suffix(".lora_A.weight"),
-            short.strip_suffix(".lora_B.weight"),
-        ) {
-            (Some(module), _) => (module, 0),
-            (_, Some(module)) => (module, 1),
-            _ => {
-                return Err(AdapterError::Unsupported {
-                    path: path.to_path_buf(),
-                    key: name.to_owned(),
-                    value: "a tensor that is neither lora_A.weight nor lora_B.weight".into(),
-                });
-            }
-        };
-        pairs.entry(module).or_default()[at] = files.tensor(name);
-    }
-    let mut modules = BTreeMap::new();
-    for (name, pair) in pairs {
-        let bad = |why: String| AdapterError::Module {
-            path: path.to_path_buf(),
-            module: name.to_owned(),
-            why,
-        };
-        let [Some(a), Some(b)] = pair else {
-            return Err(bad("it has only one of lora_A and lora_B".into()));
-        };
-        let (rank, scale) = rank_and_scale(name);
-        let (&[a_rank, n_in], &[n_out, b_rank]) = (a.shape, b.shape) else {
-            return Err(bad(format!(
-                "lora_A {:?} and lora_B {:?} are not matrices",
-                a.shape, b.shape
-            )));
-        };
-        if a_rank != rank || b_rank != rank {
-            return Err(bad(format!(
-                "lora_A has rank {a_rank} and lora_B {b_rank}, where adapter_config.json says {rank}"
-            )));
-        }
-        let (lora_a, lora_b) = (a.to_f32()?, b.to_f32()?);
-        if !lora_a.iter().chain(&lora_b).all(|value| value.is_finite()) {
-            return Err(bad("it holds NaN or infinity".into()));
-        }
-        modules.insert(
-            name.to_owned(),
-            LoraModule {
-                rank,
-                n_in,
-                n_out,
-                lora_a,
-                lora_b,
-                scale,
-            },
-        );
-    }
-    Ok(modules)
 }
 
 #[cfg(test)]
@@ -393,37 +347,94 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_plain_lora_is_refused_by_name() {
+    fn what_is_not_understood_is_refused_by_name() {
         let pair: &[(&str, &[usize])] = &[("m.lora_A.weight", &[2, 3]), ("m.lora_B.weight", &[4, 2])];
+        let error = |config: &str, tensors| {
+            let error = PeftAdapter::open(write(config, tensors).path());
+            error.unwrap_err().to_string()
+        };
         for (key, value) in [
-            ("use_dora", "true"),
-            ("bias", "\"all\""),
-            ("modules_to_save", "[\"lm_head\"]"),
+            ("bias", "\"some\""),
             ("target_parameters", "[\"experts\"]"),
             ("init_lora_weights", "\"pissa\""),
+            ("use_qalora", "true"),
+            ("alora_invocation_tokens", "[1, 2]"),
+            ("layer_replication", "[[0, 4]]"),
+            ("arrow_config", "{\"top_k\": 3}"),
             ("some_new_field", "7"),
         ] {
             let config = format!(r#"{{"peft_type":"LORA","r":2,"lora_alpha":8,"{key}":{value}}}"#);
-            let error = PeftAdapter::open(write(&config, pair).path())
-                .unwrap_err()
-                .to_string();
+            let error = error(&config, pair);
             assert!(error.contains(&format!("`{key}`")), "{error}");
         }
-        let config = r#"{"peft_type":"LORA","r":2,"lora_alpha":8}"#;
-        let embedding: &[(&str, &[usize])] = &[("model.embed_tokens.lora_embedding_A", &[2, 3])];
-        let error = PeftAdapter::open(write(config, embedding).path())
-            .unwrap_err()
-            .to_string();
-        assert!(error.contains("lora_embedding_A"), "{error}");
-        let half: &[(&str, &[usize])] = &[("m.lora_A.weight", &[2, 3])];
-        let error = PeftAdapter::open(write(config, half).path())
-            .unwrap_err()
-            .to_string();
-        assert!(error.contains("only one of"), "{error}");
-        let wide: &[(&str, &[usize])] = &[("m.lora_A.weight", &[3, 3]), ("m.lora_B.weight", &[4, 3])];
-        let error = PeftAdapter::open(write(config, wide).path())
-            .unwrap_err()
-            .to_string();
-        assert!(error.contains("rank 3"), "{error}");
+        let plain = r#"{"peft_type":"LORA","r":2,"lora_alpha":8}"#;
+        type Tensors<'a> = &'a [(&'a str, &'a [usize])];
+        let cases: &[(&str, Tensors<'_>, &str)] = &[
+            (plain, &[("m.lora_A.weight", &[2, 3])], "only one of"),
+            (
+                plain,
+                &[("m.lora_A.weight", &[3, 3]), ("m.lora_B.weight", &[4, 3])],
+                "rank 3",
+            ),
+            (
+                plain,
+                &[pair[0], pair[1], ("m.lora_A.default.weight", &[2, 3])],
+                "unknown meaning",
+            ),
+            (
+                plain,
+                &[pair[0], pair[1], ("m.lora_magnitude_vector", &[4])],
+                "use_dora is false",
+            ),
+            (
+                plain,
+                &[
+                    pair[0],
+                    pair[1],
+                    ("e.token_adapter.trainable_tokens_delta", &[1, 3]),
+                ],
+                "does not list",
+            ),
+            (plain, &[("m.weight", &[2, 3])], "no lora_A and lora_B"),
+            (
+                r#"{"peft_type":"LORA","r":0,"lora_alpha":8}"#,
+                pair,
+                "a rank is 0",
+            ),
+            (
+                r#"{"peft_type":"LORA","r":2,"r":3,"lora_alpha":8}"#,
+                pair,
+                "twice",
+            ),
+            (r#"{"peft_type":"IA3","r":2,"lora_alpha":8}"#, pair, "IA3"),
+            (
+                r#"{"peft_type":"LORA","r":2,"lora_alpha":8,"rank_pattern":{"(":1}}"#,
+                pair,
+                "regular expression",
+            ),
+        ];
+        for (config, tensors, part) in cases {
+            let error = error(config, tensors);
+            assert!(error.contains(part), "{part}: {error}");
+        }
+    }
+
+    #[test]
+    fn what_is_beyond_plain_lora_is_told() {
+        let plain = r#"{"peft_type":"LORA","r":2,"lora_alpha":8}"#;
+        let pair: [(&str, &[usize]); 2] = [("m.lora_A.weight", &[2, 3]), ("m.lora_B.weight", &[4, 2])];
+        let beyond = |extra: (&'static str, &'static [usize])| {
+            let dir = write(plain, &[pair[0], pair[1], extra]);
+            let adapter = PeftAdapter::open(dir.path()).unwrap();
+            adapter.beyond_plain().unwrap().to_string()
+        };
+        assert!(
+            PeftAdapter::open(write(plain, &pair).path())
+                .unwrap()
+                .beyond_plain()
+                .is_none()
+        );
+        assert!(beyond(("base_model.model.lm_head.weight", &[4, 3])).contains("lm_head.weight"));
+        assert!(beyond(("m.lora_B.bias", &[4])).contains("m.lora_B.bias"));
     }
 }

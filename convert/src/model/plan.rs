@@ -1,7 +1,7 @@
 //! The plan: every tensor's name, type, shape and place, before a weight is touched.
 
 use super::{ModelError, Provenance, SourceModel, general};
-use crate::arch::{self, Architecture, TensorRule};
+use crate::arch::{Architecture, TensorRule};
 use crate::gguf::{Array, GgufError, Header, TensorPlan, TensorType, Value};
 use crate::merge::{Merge, ScaledAdapter};
 use crate::quantize::{Candidate, Choice, Importance, ModelFacts, QuantizeError, Recipe, Repack};
@@ -101,11 +101,11 @@ impl<'a> Plan<'a> {
             path: model.path().to_path_buf(),
             source,
         };
-        let config = model.config();
-        let arch = arch::of_config(config).map_err(arch_error)?;
-        let rules = (arch.tensors)(config).map_err(arch_error)?;
+        let arch = model.architecture().map_err(arch_error)?;
+        let rules = (arch.tensors)(model.config()).map_err(arch_error)?;
         model.check_tensors(arch, &rules)?;
-        let merge = Merge::new(adapters, &rules)?;
+        let merge = Merge::new(adapters, arch, model.config())?;
+        let (config, rules) = (merge.config(), merge.rules().to_vec());
         let extra = (arch.extra_tensors)(config).map_err(arch_error)?;
         let extra = extra.into_iter().map(|tensor| Source::Extra {
             gguf: tensor.gguf,
@@ -125,7 +125,7 @@ impl<'a> Plan<'a> {
         );
         let name = keys.iter().find(|(key, _)| key == "general.name");
         let name = name.and_then(|(_, name)| name.as_str()).unwrap_or_default();
-        let tokenizer = model.tokenizer(name)?;
+        let tokenizer = model.tokenizer(name, &merge)?;
         keys.extend(tokenizer);
         let tensors = jobs.iter().map(Job::plan).collect();
         Ok(Self {

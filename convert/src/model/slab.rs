@@ -32,6 +32,7 @@ impl Plan<'_> {
         progress: &dyn Progress,
         mut append: impl FnMut(&str, &[u8]) -> Result<(), ModelError> + Send,
     ) -> Result<(), ModelError> {
+        self.prepare_merge()?;
         let slabs: Vec<_> = self.slabs().collect();
         let mut hand_on = |encoded: Vec<(usize, Vec<u8>)>| {
             for (job, bytes) in encoded {
@@ -99,14 +100,7 @@ impl Plan<'_> {
                 values.copy_from_slice(&all[first * columns..][..rows * columns]);
             }
             Source::Checkpoint(rule) => {
-                self.model.read_rows(rule, first, columns, values)?;
-                if self.merge.changes(&rule.hf) {
-                    for (row, values) in values.chunks_exact_mut(columns).enumerate() {
-                        self.merge
-                            .add_to_row(&rule.hf, rule.rows.to_hf(first + row), values);
-                    }
-                }
-                rule.change.apply(values);
+                self.merged_rows(rule, first, columns, values)?;
             }
         }
         let mut blocks = Vec::new();

@@ -7,9 +7,10 @@ use serde_json::{Map, Value as Json};
 
 use super::ModelError;
 use crate::arch::{self, Architecture, RowOrder, TensorRule};
-use crate::checkpoint::{Checkpoint, Dtype};
+use crate::checkpoint::{Checkpoint, CheckpointError, Dtype, TensorView};
 use crate::gguf::{Gguf, TensorInfo, TensorType, Value};
 use crate::import;
+use crate::merge::Merge;
 use crate::quantize;
 use crate::vocab::{self, Vocab};
 
@@ -65,24 +66,42 @@ impl SourceModel {
         &self.config
     }
 
+    /// The architecture.
+    pub fn architecture(&self) -> Result<&'static Architecture, arch::ArchError> {
+        arch::of_config(&self.config)
+    }
+
+    /// The files that hold the weights.
+    pub fn weight_files(&self) -> Vec<PathBuf> {
+        match &self.weights {
+            Weights::File(_) => vec![self.path.clone()],
+            Weights::Folder(checkpoint) => checkpoint.shard_paths().map(Path::to_path_buf).collect(),
+        }
+    }
+
     /// Writes the tokenizer of a folder without comparing llama.cpp with it first.
     pub fn skip_tokenizer_proof(&mut self) {
         self.proof = false;
     }
 
     /// The `tokenizer.*` keys: those of a folder are proved, those of a GGUF file are copied. `name` is what stands in
-    /// `general.name`.
-    pub(super) fn tokenizer(&self, name: &str) -> Result<Vec<(String, Value)>, ModelError> {
-        let checkpoint = match &self.weights {
-            Weights::Folder(checkpoint) => checkpoint,
-            Weights::File(gguf) => {
+    /// `general.name`, `merge` may bring a tokenizer of its own.
+    pub(super) fn tokenizer(
+        &self,
+        name: &str,
+        merge: &Merge<'_>,
+    ) -> Result<Vec<(String, Value)>, ModelError> {
+        let dir = match (merge.vocabulary(), &self.weights) {
+            (Some(dir), _) => dir,
+            (None, Weights::Folder(checkpoint)) => checkpoint.dir(),
+            (None, Weights::File(gguf)) => {
                 let rows = self.config.get("vocab_size").and_then(Json::as_u64);
                 return Ok(vocab::copied(gguf, rows)?);
             }
         };
-        let mut vocab = Vocab::from_folder(checkpoint.dir(), &self.config)?;
+        let mut vocab = Vocab::from_folder(dir, merge.config())?;
         let proof = if self.proof {
-            vocab.prove(checkpoint.dir(), name)?.to_metadata()
+            vocab.prove(dir, name)?.to_metadata()
         } else {
             Vec::new()
         };
@@ -119,14 +138,12 @@ impl SourceModel {
     /// The type that a tensor is stored in; F32 where GGUF has no such type.
     pub(super) fn stored_type(&self, rule: &TensorRule) -> Result<TensorType, ModelError> {
         Ok(match &self.weights {
-            Weights::Folder(checkpoint) => match checkpoint.tensor(&rule.hf)?.dtype {
+            Weights::Folder(checkpoint) => match view(checkpoint, rule)?.dtype {
                 Dtype::F16 => TensorType::F16,
                 Dtype::BF16 => TensorType::BF16,
                 _ => TensorType::F32,
             },
-            Weights::File(gguf) => gguf
-                .tensor(&rule.gguf)
-                .map_or(TensorType::F32, |tensor| tensor.kind),
+            Weights::File(gguf) => info(gguf, rule).map_or(TensorType::F32, |tensor| tensor.kind),
         })
     }
 
@@ -141,7 +158,7 @@ impl SourceModel {
     ) -> Result<(), ModelError> {
         match &self.weights {
             Weights::Folder(checkpoint) => {
-                let view = checkpoint.tensor(&rule.hf)?;
+                let view = view(checkpoint, rule)?;
                 if rule.rows == RowOrder::Same {
                     return Ok(view.read_f32(first * columns, values)?);
                 }
@@ -161,7 +178,7 @@ impl SourceModel {
                         kind: "the file",
                     })
                 };
-                let tensor = gguf.tensor(&rule.gguf).ok_or_else(short)?;
+                let tensor = info(gguf, rule).ok_or_else(short)?;
                 let row = tensor.kind.row_bytes(columns as u64).ok_or_else(short)? as usize;
                 let n = values.len() / columns.max(1);
                 let data = gguf
@@ -203,6 +220,22 @@ impl SourceModel {
             Weights::File(gguf) => gguf.release(&rule.gguf),
         }
     }
+}
+
+/// The tensor of a rule. An output that the model does not have, because an adapter unties it, is its embeddings.
+fn view<'c>(checkpoint: &'c Checkpoint, rule: &TensorRule) -> Result<TensorView<'c>, CheckpointError> {
+    let tied = rule.hf == "lm_head.weight" && !checkpoint.contains(&rule.hf);
+    checkpoint.tensor(if tied {
+        "model.embed_tokens.weight"
+    } else {
+        &rule.hf
+    })
+}
+
+/// The same of a GGUF file.
+fn info<'g>(gguf: &'g Gguf, rule: &TensorRule) -> Option<&'g TensorInfo> {
+    let tied = rule.gguf == "output.weight" && gguf.tensor(&rule.gguf).is_none();
+    gguf.tensor(if tied { "token_embd.weight" } else { &rule.gguf })
 }
 
 /// Every tensor that the rules name must be there in its shape, and no other may be.

@@ -1,15 +1,14 @@
-"""Makes convert/tests/fixtures: tiny checkpoints, adapters, and what llama.cpp and PEFT make of them.
+"""Makes convert/tests/fixtures: tiny checkpoints, and what llama.cpp makes of them. make_adapters.py comes next.
 
     python make_fixtures.py LLAMA_CPP_DIR
 
-LLAMA_CPP_DIR is a source tree of llama.cpp with convert_hf_to_gguf.py. Needs torch, transformers, tokenizers, peft,
-safetensors and gguf (seen with 2.15.0, 5.23.0, 0.22, 0.21.2, 0.8.0, 0.19.0).
+LLAMA_CPP_DIR is a source tree of llama.cpp with convert_hf_to_gguf.py. Needs torch, transformers, tokenizers
+and gguf (seen with 2.15.0, 5.23.0, 0.22, 0.19.0).
 
     tied/     F32, tied embeddings, grouped-query attention, tokenizer cut as SmolLM2's
     untied/   BF16, own output matrix, biases, a head size of its own, Llama 3's frequency scaling, a padded
               vocabulary, tokenizer cut as Llama 3's, with a begin-of-sequence token
     */expected.json          convert_hf_to_gguf.py: every key, and of every tensor type, shape and sha256
-    adapters/*               LoRA adapters of tied/, and merged.safetensors: PEFT's merge_and_unload in f32
 """
 
 import json
@@ -19,7 +18,6 @@ from pathlib import Path
 
 import torch
 from convert_hf import convert
-from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -91,39 +89,12 @@ def expected(llama_cpp, folder, pre):
     (folder / "expected.json").write_text(json.dumps(result, ensure_ascii=False, indent=0) + "\n", encoding="utf-8")
 
 
-def adapters(base):
-    from peft import LoraConfig, get_peft_model
-
-    for name, options in {
-        "plain": dict(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"]),
-        "rslora": dict(r=4, lora_alpha=6, use_rslora=True, target_modules=["k_proj", "o_proj"],
-                       rank_pattern={r"layers\.1\.self_attn\.k_proj": 2}, alpha_pattern={"o_proj": 3, ".*k_proj": 5}),
-    }.items():
-        torch.manual_seed(11)
-        model = get_peft_model(LlamaForCausalLM.from_pretrained(base, dtype=torch.float32),
-                               LoraConfig(task_type="CAUSAL_LM", **options))
-        with torch.no_grad():
-            for key, weight in model.named_parameters():
-                if "lora_" in key:
-                    weight.normal_(0.0, 0.2)
-        folder = FIXTURES / "adapters" / name
-        model.peft_config["default"].base_model_name_or_path = "tied"
-        model.save_pretrained(folder)
-        (folder / "README.md").unlink(missing_ok=True)
-        before = load_file(base / "model.safetensors")
-        after = model.merge_and_unload().state_dict()
-        changed = {key: value.contiguous() for key, value in after.items()
-                   if key in before and not torch.equal(before[key], value)}
-        save_file(changed, folder / "merged.safetensors")
-
-
 def main():
     llama_cpp = Path(sys.argv[1]).resolve()
-    for name in ["tied", "untied", "adapters"]:
+    for name in ["tied", "untied"]:
         shutil.rmtree(FIXTURES / name, ignore_errors=True)
     expected(llama_cpp, checkpoint("tied", llama3=False), "smollm")
     expected(llama_cpp, checkpoint("untied", llama3=True), "llama-bpe")
-    adapters(FIXTURES / "tied")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,13 @@ pub(crate) fn backend() -> &'static LlamaBackend {
 /// The logits after every token of `prompt`, one row after the other. The cache is f32 and flash attention is off,
 /// so that nothing is rounded that need not be.
 pub(crate) fn logits(model: &Path, prompt: &[i32]) -> Vec<f32> {
-    let model = LlamaModel::load_from_file(backend(), model, &LlamaModelParams::default()).unwrap();
+    logits_with(model, None, prompt)
+}
+
+/// The same with a GGUF adapter and its scale.
+pub(crate) fn logits_with(model: &Path, adapter: Option<(&Path, f32)>, prompt: &[i32]) -> Vec<f32> {
+    let mut model = LlamaModel::load_from_file(backend(), model, &LlamaModelParams::default()).unwrap();
+    let adapter = adapter.map(|(path, scale)| (model.lora_adapter_init(path).unwrap(), scale));
     let params = LlamaContextParams::default()
         .with_n_ctx(NonZeroU32::new(256))
         .with_n_batch(256)
@@ -29,6 +35,9 @@ pub(crate) fn logits(model: &Path, prompt: &[i32]) -> Vec<f32> {
         .with_type_v(KvCacheType::F32)
         .with_flash_attention_policy(llama_cpp_sys_2::LLAMA_FLASH_ATTN_TYPE_DISABLED);
     let mut context = model.new_context(backend(), params).unwrap();
+    if let Some((mut adapter, scale)) = adapter {
+        context.lora_adapter_set(&mut adapter, scale).unwrap();
+    }
     let mut batch = LlamaBatch::new(prompt.len(), 1);
     let prompt: Vec<_> = prompt.iter().map(|id| LlamaToken(*id)).collect();
     batch.add_sequence(&prompt, 0, true).unwrap();

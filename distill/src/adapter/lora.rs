@@ -115,8 +115,11 @@ pub fn add(
     })
 }
 
-/// Puts a stored adapter on the model.
+/// Puts a stored adapter on the model. What is more than plain LoRA on linear layers is refused by name.
 pub fn apply(model: &mut Llama, adapter: &PeftAdapter) -> Result<(), AdapterError> {
+    if let Some(beyond) = adapter.beyond_plain() {
+        return Err(beyond.into());
+    }
     let other_base = |module: &str, why: String| AdapterError::OtherBase {
         path: adapter.dir().to_path_buf(),
         module: module.to_owned(),
