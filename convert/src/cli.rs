@@ -4,9 +4,12 @@ mod adapter;
 mod archs;
 mod arguments;
 mod bar;
+mod compare;
+mod imatrix;
 mod import;
 mod inspect;
 mod model;
+mod text;
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -16,6 +19,8 @@ use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
 /// What the shell sees of a program that Ctrl-C ended.
 const INTERRUPTED: u8 = 130;
+/// A model is farther from its reference than the user allows.
+const TOO_FAR: u8 = 3;
 
 /// Checkpoints and LoRA adapters to quantised GGUF files, and back.
 #[derive(Debug, Parser)]
@@ -40,6 +45,8 @@ enum Command {
     Model(model::Args),
     Adapter(adapter::Args),
     Inspect(inspect::Args),
+    Imatrix(imatrix::Args),
+    Compare(compare::Args),
     Archs(archs::Args),
 }
 
@@ -51,7 +58,8 @@ struct Context {
     arguments: Vec<String>,
 }
 
-/// Parses the command line and runs it. Exit codes: 0 done, 1 failed, 2 usage, 130 interrupted.
+/// Parses the command line and runs it. Exit codes: 0 done, 1 failed, 2 usage, 3 beyond `--max-kl`,
+/// 130 interrupted.
 pub(crate) fn main() -> ExitCode {
     let command = Cli::command();
     let matches = command.clone().get_matches();
@@ -79,6 +87,8 @@ pub(crate) fn main() -> ExitCode {
         Command::Model(args) => model::run(&args, &context),
         Command::Adapter(args) => adapter::run(&args, &context),
         Command::Inspect(args) => inspect::run(&args, &context),
+        Command::Imatrix(args) => imatrix::run(&args, &context),
+        Command::Compare(args) => compare::run(&args, &context),
         Command::Archs(args) => archs::run(&args, &context),
     };
     match done {
@@ -93,6 +103,8 @@ pub(crate) fn main() -> ExitCode {
             eprintln!("error: {}", pipit_convert::report::describe(e.chain()));
             if bar::stopped() {
                 ExitCode::from(INTERRUPTED)
+            } else if e.is::<compare::TooFar>() {
+                ExitCode::from(TOO_FAR)
             } else {
                 ExitCode::FAILURE
             }

@@ -53,10 +53,16 @@ pub fn backend() -> Result<&'static LlamaBackend, LlamaCppError> {
 /// Loads a model. The error says what llama.cpp said.
 pub fn load(path: &Path, params: &LlamaModelParams) -> Result<LlamaModel, LlamaCppError> {
     let backend = backend()?;
+    attempt(|| LlamaModel::load_from_file(backend, path, params))
+}
+
+/// Lets llama.cpp make something out of a file. The error says what it said.
+pub(crate) fn attempt<T, E: ToString>(make: impl FnOnce() -> Result<T, E>) -> Result<T, LlamaCppError> {
+    backend()?;
     if let Ok(mut complaint) = COMPLAINT.lock() {
         complaint.clear();
     }
-    LlamaModel::load_from_file(backend, path, params).map_err(|error| {
+    make().map_err(|error| {
         let complaint = COMPLAINT
             .lock()
             .map(|complaint| complaint.clone())

@@ -5,19 +5,22 @@
 
 mod support;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
+use pipit_convert::arch;
 use pipit_convert::checkpoint::TensorFiles;
 use pipit_convert::gguf::{Array, Gguf, TensorType, Value};
 use pipit_convert::import::import;
+use pipit_convert::model::{ModelError, Plan, SourceModel};
 use pipit_convert::progress::Silent;
-use pipit_convert::quantize::dequantize;
+use pipit_convert::quantize::{FileType, QuantizeError, Recipe, dequantize};
 use safetensors::SafeTensors;
 use safetensors::tensor::TensorView;
 use serde_json::{Value as Json, json};
 use sha2::{Digest, Sha256};
 use support::architectures::{checkpoint, convert, names};
 use support::llama_cpp::logits;
+use support::synthetic::{self, SMALL, Shape, Weights};
 use support::{fixture, floats};
 
 /// Logits of the order of 1 differ by no more than this from transformers'.
@@ -356,4 +359,58 @@ fn rows_of_the_embeddings_without_a_token_are_kept() {
         assert_eq!(plain, &padded[..280]);
         assert_eq!(plain[..16], padded[280..]);
     }
+}
+
+/// Of every type that needs no importance matrix.
+#[test]
+fn a_file_of_any_type_is_imported_as_llama_cpp_reads_it() {
+    let scratch = tempfile::tempdir().unwrap();
+    let folder = scratch.path().join("synthetic");
+    std::fs::create_dir(&folder).unwrap();
+    let shape = Shape {
+        hidden: 256,
+        feed_forward: 256,
+        head_dim: 128,
+        layers: 1,
+        ..SMALL
+    };
+    synthetic::checkpoint(&folder, &shape, Weights::Trained);
+    let mut model = SourceModel::open(&folder).unwrap();
+    model.skip_tokenizer_proof();
+    let mut seen = BTreeSet::new();
+    for file in FileType::ALL {
+        let path = scratch.path().join("quantised.gguf");
+        let recipe = Recipe::new(*file);
+        match Plan::new(&model, &[], &recipe) {
+            Ok(plan) => drop(plan.write(&path, None, &Silent).unwrap()),
+            Err(ModelError::Quantize {
+                source: QuantizeError::NeedsImatrix { .. },
+                ..
+            }) => continue,
+            Err(other) => panic!("{}: {other}", file.name()),
+        }
+        let original = Gguf::open(&path).unwrap();
+        let imported = scratch.path().join("imported");
+        import(&original, &imported, TensorType::F32, &Silent).unwrap();
+        let weights = TensorFiles::open(&imported.join("model.safetensors")).unwrap();
+        for rule in (arch::llama::LLAMA.tensors)(model.config()).unwrap() {
+            let tensor = original.tensor(&rule.gguf).unwrap();
+            seen.insert(tensor.kind.name());
+            let (rows, columns) = rule.rows_and_columns();
+            let mut values = vec![0.0; rows * columns];
+            dequantize(tensor.kind, original.data(tensor), columns, &mut values).unwrap();
+            let ours = weights.tensor(&rule.hf).unwrap().to_f32().unwrap();
+            for (row, values) in values.chunks_exact(columns).enumerate() {
+                let at = rule.rows.to_hf(row) * columns;
+                assert_eq!(ours[at..at + columns], *values, "{}: {}", file.name(), rule.hf);
+            }
+        }
+        std::fs::remove_dir_all(&imported).unwrap();
+    }
+    for kind in [
+        "F32", "F16", "BF16", "Q8_0", "Q4_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K",
+    ] {
+        assert!(seen.contains(kind), "{kind} is not among {seen:?}");
+    }
+    println!("{seen:?}");
 }

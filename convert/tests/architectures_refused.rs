@@ -232,10 +232,48 @@ fn what_llama_cpp_does_not_do_is_refused_by_name() {
     }
 }
 
+/// The GGUF file of a fixture with another value for a key.
+fn with_key(name: &str, key: &str, value: Value, scratch: &Path) -> Gguf {
+    let whole = checkpoint(name, scratch);
+    let gguf = convert(&whole, TensorType::F32, &scratch.join("a.gguf")).unwrap();
+    std::fs::remove_dir_all(&whole).unwrap();
+    let others = gguf.metadata().iter().filter(|(old, _)| old != key);
+    let mut metadata: Vec<_> = others.cloned().collect();
+    metadata.push((key.into(), value));
+    let tensors = gguf.tensors().iter().map(|tensor| TensorPlan {
+        name: tensor.name.clone(),
+        dimensions: tensor.dimensions.clone(),
+        kind: tensor.kind,
+    });
+    let header = Header {
+        metadata,
+        tensors: tensors.collect(),
+    };
+    let changed = scratch.join("changed.gguf");
+    let mut writer = Writer::new(std::fs::File::create(&changed).unwrap(), &header).unwrap();
+    for tensor in gguf.tensors() {
+        writer.append(&tensor.name, gguf.data(tensor)).unwrap();
+    }
+    writer.finish().unwrap();
+    Gguf::open(&changed).unwrap()
+}
+
 #[test]
 fn keys_of_a_gguf_file_that_mean_another_model_are_refused_by_name() {
     let scratch = tempfile::tempdir().unwrap();
     for (name, key, value, parts) in [
+        (
+            "mistral",
+            "llama.attention.causal",
+            Value::Bool(false),
+            ["llama.attention.causal", "may change"],
+        ),
+        (
+            "granite",
+            "granite.rope.scaling.finetuned",
+            Value::Bool(false),
+            ["granite.rope.scaling.finetuned", "may change"],
+        ),
         (
             "mistral",
             "llama.attention.scale",
@@ -315,34 +353,9 @@ fn keys_of_a_gguf_file_that_mean_another_model_are_refused_by_name() {
             ["head_count_kv", "negative"],
         ),
     ] {
-        let whole = checkpoint(name, scratch.path());
-        let gguf = convert(&whole, TensorType::F32, &scratch.path().join("a.gguf")).unwrap();
-        let changed = scratch.path().join("changed.gguf");
-        let mut metadata: Vec<_> = gguf
-            .metadata()
-            .iter()
-            .filter(|(old, _)| old != key)
-            .cloned()
-            .collect();
-        metadata.push((key.into(), value));
-        let tensors = gguf.tensors().iter();
-        let header = Header {
-            metadata,
-            tensors: tensors
-                .map(|tensor| TensorPlan {
-                    name: tensor.name.clone(),
-                    dimensions: tensor.dimensions.clone(),
-                    kind: tensor.kind,
-                })
-                .collect(),
-        };
-        let mut writer = Writer::new(std::fs::File::create(&changed).unwrap(), &header).unwrap();
-        for tensor in gguf.tensors() {
-            writer.append(&tensor.name, gguf.data(tensor)).unwrap();
-        }
-        writer.finish().unwrap();
+        let changed = with_key(name, key, value, scratch.path());
         let out = scratch.path().join("imported");
-        let error = import(&Gguf::open(&changed).unwrap(), &out, TensorType::F32, &Silent);
+        let error = import(&changed, &out, TensorType::F32, &Silent);
         let error = error.expect_err(key).to_string();
         for part in parts {
             assert!(
@@ -351,6 +364,27 @@ fn keys_of_a_gguf_file_that_mean_another_model_are_refused_by_name() {
             );
         }
         assert!(!out.exists());
-        std::fs::remove_dir_all(&whole).unwrap();
+    }
+}
+
+#[test]
+fn keys_that_change_nothing_are_no_obstacle() {
+    let scratch = tempfile::tempdir().unwrap();
+    for (key, value) in [
+        ("attention.key_length", Value::U32(8)),
+        ("rope.dimension_count", Value::U32(8)),
+        ("vocab_size", Value::U32(280)),
+        ("attention.causal", Value::Bool(true)),
+        ("rope.scaling.type", "none".into()),
+        ("rope.scaling.factor", Value::F32(1.0)),
+        ("rope.scaling.finetuned", Value::Bool(false)),
+        ("expert_count", Value::U32(0)),
+        ("attention.head_count_kv", Value::Array(Array::I32(vec![2, 2]))),
+        ("tensor_data_layout", "something for people".into()),
+    ] {
+        let file = with_key("qwen2", &format!("qwen2.{key}"), value, scratch.path());
+        let out = scratch.path().join("imported");
+        import(&file, &out, TensorType::F32, &Silent).expect(key);
+        std::fs::remove_dir_all(&out).unwrap();
     }
 }

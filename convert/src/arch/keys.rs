@@ -37,7 +37,7 @@ pub(super) fn check(arch: &Architecture, gguf: &Gguf, config: &Map<String, Json>
                     )
                     .into());
             }
-            None if is_off(value) => {}
+            None if changes_nothing(arch.name, name, value) => {}
             None if MATTERS.iter().any(|part| name.contains(part)) => {
                 return Err(gguf
                     .key_error(
@@ -55,9 +55,20 @@ pub(super) fn check(arch: &Architecture, gguf: &Gguf, config: &Map<String, Json>
     Ok(())
 }
 
-/// A key that says that something is not there.
-fn is_off(value: &Value) -> bool {
-    matches!(value, Value::Bool(false)) || value.as_u64() == Some(0)
+/// Whether llama.cpp computes the same with the key as without it.
+fn changes_nothing(arch: &str, name: &str, value: &Value) -> bool {
+    match (name, value) {
+        // Read by every architecture's file, though not all of them write it.
+        ("attention.key_length" | "attention.value_length" | "rope.dimension_count" | "vocab_size", _) => {
+            true
+        }
+        ("attention.causal", value) => *value == Value::Bool(true),
+        // Granite's switch of the rotation; nothing elsewhere.
+        ("rope.scaling.finetuned", value) => arch != "granite" || *value == Value::Bool(true),
+        ("rope.scaling.type", value) => value.as_str() == Some("none"),
+        (name, Value::F32(factor)) => *factor == 0.0 || (*factor == 1.0 && name.contains("scal")),
+        (_, value) => *value == Value::Bool(false) || value.as_u64() == Some(0),
+    }
 }
 
 /// Whether two values mean the same, whatever their integers are stored as.
