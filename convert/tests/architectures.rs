@@ -414,3 +414,25 @@ fn a_file_of_any_type_is_imported_as_llama_cpp_reads_it() {
     }
     println!("{seen:?}");
 }
+
+/// Configurations as the makers of the models published them (without what does not concern the weights), and the
+/// number of parameters that the Hub shows for each.
+#[test]
+fn published_models_have_as_many_parameters_as_their_table() {
+    let models: Vec<Json> =
+        serde_json::from_str(&std::fs::read_to_string(fixture("published.json")).unwrap()).unwrap();
+    let mut seen = BTreeSet::new();
+    for model in &models {
+        let config = model["config"].as_object().unwrap();
+        let arch = arch::of_config(config).unwrap();
+        let rules = (arch.tensors)(config).unwrap();
+        let parameters: usize = rules
+            .iter()
+            .map(|rule| rule.shape.iter().product::<usize>())
+            .sum();
+        assert_eq!(model["parameters"], parameters, "{}", model["name"]);
+        assert!((arch.metadata)(config).unwrap().len() > 8, "{}", model["name"]);
+        seen.insert(arch.name);
+    }
+    assert_eq!(seen.len(), arch::ALL.len());
+}
