@@ -85,16 +85,16 @@ pub(super) fn run(args: &Args, context: &Context) -> anyhow::Result<()> {
         .iter()
         .map(|text| open_adapter(text))
         .collect::<anyhow::Result<Vec<_>>>()?;
-    let recipe = args.recipe.recipe();
-    let mut plan = Plan::new(&model, &adapters, &recipe)?;
+    let recipe = args.recipe.recipe()?;
     let Some(output) = args.output.as_ref().filter(|_| !args.dry_run) else {
-        return table::print(&plan, context);
+        return table::print(&Plan::new(&model, &adapters, &recipe)?, context);
     };
-    plan.add_provenance(&Provenance {
+    let provenance = Provenance {
         adapters: &adapters,
-        imatrix: None,
+        imatrix: args.recipe.imatrix(),
         arguments: &context.arguments,
-    })?;
+    };
+    let plan = Plan::with_provenance(&model, &adapters, &recipe, &provenance)?;
     let merged = plan.table().iter().filter(|tensor| tensor.merged).count();
     let source = (args.checkpoint.as_path(), args.recipe.file.name());
     let written = args

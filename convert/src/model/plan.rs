@@ -140,6 +140,20 @@ impl<'a> Plan<'a> {
         })
     }
 
+    /// The same, with the `pipit.*` keys. The files are read for their checksums while the tokenizer is proved, which
+    /// is also what brings the weights into the system's cache.
+    pub fn with_provenance(
+        model: &'a SourceModel,
+        adapters: &'a [ScaledAdapter],
+        recipe: &'a Recipe,
+        provenance: &Provenance<'_>,
+    ) -> Result<Self, ModelError> {
+        let (plan, keys) = rayon::join(|| Self::new(model, adapters, recipe), || provenance.keys(model));
+        let mut plan = plan?;
+        plan.header.metadata.extend(keys?);
+        Ok(plan)
+    }
+
     /// Adds the `pipit.*` keys: what this was made of and how. Reads all the files once.
     pub fn add_provenance(&mut self, provenance: &Provenance<'_>) -> Result<(), ModelError> {
         self.header.metadata.extend(provenance.keys(self.model)?);

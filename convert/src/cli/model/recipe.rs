@@ -1,7 +1,10 @@
 //! The options that say what the tensors become, spelled as `llama-quantize` spells them.
 
+use std::path::{Path, PathBuf};
+
 use pipit_convert::gguf::TensorType;
-use pipit_convert::quantize::{self, FileType, QuantizeError, Recipe, TypeOverride};
+use pipit_convert::imatrix::Imatrix;
+use pipit_convert::quantize::{self, FileType, Importance, QuantizeError, Recipe, TypeOverride};
 
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Quantisation")]
@@ -25,6 +28,20 @@ pub(super) struct RecipeArgs {
     /// output.weight keeps the type that it has in the checkpoint
     #[arg(long)]
     leave_output_tensor: bool,
+    /// An importance matrix (GGUF, or the older .dat), as pipit-convert imatrix and llama-imatrix write it
+    #[arg(long, value_name = "F")]
+    imatrix: Option<PathBuf>,
+    /// Use it only for tensors whose name contains this. Can be given several times
+    #[arg(
+        long,
+        value_name = "NAME",
+        requires = "imatrix",
+        conflicts_with = "exclude_weights"
+    )]
+    include_weights: Vec<String>,
+    /// Do not use it for tensors whose name contains this. Can be given several times
+    #[arg(long, value_name = "NAME", requires = "imatrix")]
+    exclude_weights: Vec<String>,
 }
 
 fn tensor_type(name: &str) -> Result<TensorType, QuantizeError> {
@@ -32,15 +49,29 @@ fn tensor_type(name: &str) -> Result<TensorType, QuantizeError> {
 }
 
 impl RecipeArgs {
-    pub(super) fn recipe(&self) -> Recipe {
-        Recipe {
+    /// The file with the importance matrix.
+    pub(super) fn imatrix(&self) -> Option<&Path> {
+        self.imatrix.as_deref()
+    }
+
+    pub(super) fn recipe(&self) -> anyhow::Result<Recipe> {
+        Ok(Recipe {
             file: self.file,
             pure: self.pure,
             overrides: self.overrides.clone(),
             output_type: self.output_tensor_type,
             embedding_type: self.token_embedding_type,
             leave_output: self.leave_output_tensor,
-            imatrix: None,
+            imatrix: self.imatrix().map(|path| self.importance(path)).transpose()?,
+        })
+    }
+
+    fn importance(&self, path: &Path) -> anyhow::Result<Importance> {
+        let mut importance = Imatrix::open(path)?.importance(&path.to_string_lossy());
+        if !self.include_weights.is_empty() {
+            importance.include(&self.include_weights);
         }
+        importance.exclude(&self.exclude_weights);
+        Ok(importance)
     }
 }
