@@ -257,10 +257,10 @@ fn generation_config(vocab: &Vocab) -> Map<String, Json> {
     if let Some(bos) = special.bos {
         config.insert("bos_token_id".into(), json!(bos));
     }
-    match (special.eos, special.eot.filter(|eot| special.eos != Some(*eot))) {
-        (Some(eos), Some(eot)) => config.insert("eos_token_id".into(), json!([eos, eot])),
-        (Some(end), None) | (None, Some(end)) => config.insert("eos_token_id".into(), json!(end)),
-        (None, None) => None,
+    match special.ends().as_slice() {
+        [] => None,
+        [end] => config.insert("eos_token_id".into(), json!(end)),
+        ends => config.insert("eos_token_id".into(), json!(ends)),
     };
     if let Some(pad) = special.pad {
         config.insert("pad_token_id".into(), json!(pad));

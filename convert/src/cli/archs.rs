@@ -61,7 +61,7 @@ pub(super) fn run(_: &Args, context: &Context) -> anyhow::Result<()> {
     writeln!(stdout, "{PROOF}")?;
     writeln!(
         stdout,
-        "tokenizers: byte-level BPE, cut as in {}",
+        "tokenizers: SentencePiece's BPE; byte-level BPE, cut as in {}",
         tokenizers.join(", ")
     )?;
     writeln!(stdout, "types: {}", types.join(", "))?;
