@@ -431,7 +431,7 @@ fn published_models_have_as_many_parameters_as_their_table() {
             .map(|rule| rule.shape.iter().product::<usize>())
             .sum();
         assert_eq!(model["parameters"], parameters, "{}", model["name"]);
-        assert!((arch.metadata)(config).unwrap().len() > 8, "{}", model["name"]);
+        assert!((arch.metadata)(config).unwrap().len() >= 8, "{}", model["name"]);
         seen.insert(arch.name);
     }
     assert_eq!(seen.len(), arch::ALL.len());
