@@ -11,7 +11,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 pub use error::CheckpointError;
-pub use folder::refuse_links;
+pub use folder::{refuse_links, refuse_pickle};
 use quantized::{Scale, Scheme};
 pub use safetensors::Dtype;
 use serde_json::{Map, Value};
@@ -59,10 +59,8 @@ impl Checkpoint {
             index::open(dir, &index)?
         } else if dir.join("model.safetensors").is_file() {
             TensorFiles::open(&dir.join("model.safetensors"))?
-        } else if let Some(file) = folder::pickle(dir) {
-            let path = dir.to_path_buf();
-            return Err(CheckpointError::Pickle { path, file });
         } else {
+            folder::refuse_pickle(dir)?;
             return Err(no(
                 "it has no model.safetensors and no model.safetensors.index.json",
             ));

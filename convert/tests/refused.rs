@@ -273,3 +273,63 @@ fn weights_of_other_types_are_named_with_their_type() {
         copy.refused(&["model.norm.weight", kind, "are read", "hint:"]);
     }
 }
+
+#[test]
+fn adapters_are_read_as_strictly() {
+    let plain = support::fixture("adapters/plain");
+    let base = support::fixture("tied");
+    let refused = |spoil: &dyn Fn(&std::path::Path), parts: &[&str]| {
+        let scratch = tempfile::tempdir().unwrap();
+        let (dir, out) = (scratch.path().join("run"), scratch.path().join("out.gguf"));
+        std::fs::create_dir(&dir).unwrap();
+        for file in ["adapter_config.json", "adapter_model.safetensors"] {
+            std::fs::copy(plain.join(file), dir.join(file)).unwrap();
+        }
+        spoil(&dir);
+        let paths = [&base, &dir, &out].map(|path| path.to_str().unwrap());
+        let args = ["model", paths[0], "--adapter", paths[1], "-o", paths[2]];
+        let output = support::pipit_convert(&args);
+        let message = support::stderr(&output);
+        assert_eq!(output.status.code(), Some(1), "{message}");
+        for part in parts {
+            assert!(message.contains(part), "{part:?} is not in {message}");
+        }
+        assert_eq!(support::names(scratch.path()), ["run"]);
+    };
+    refused(
+        &|dir| {
+            let path = dir.join("adapter_config.json");
+            let text = std::fs::read_to_string(&path).unwrap();
+            write(path, text.replacen('{', "{\"r\": 2,", 1)).unwrap();
+        },
+        &["adapter_config.json", "\"r\" stands twice"],
+    );
+    refused(
+        &|dir| {
+            rename(
+                dir.join("adapter_model.safetensors"),
+                dir.join("adapter_model.bin"),
+            )
+            .unwrap();
+        },
+        &["adapter_model.bin", "a pickle"],
+    );
+    refused(
+        &|dir| {
+            remove_file(dir.join("adapter_model.safetensors")).unwrap();
+            let target = plain.join("adapter_model.safetensors");
+            symlink(target, dir.join("adapter_model.safetensors")).unwrap();
+        },
+        &["is a link to", "outside of its folder"],
+    );
+    refused(
+        &|dir| {
+            let path = dir.join("adapter_model.safetensors");
+            let mut bytes = std::fs::read(&path).unwrap();
+            let n = bytes.len();
+            bytes[n - 4..].copy_from_slice(&f32::NEG_INFINITY.to_le_bytes());
+            write(path, bytes).unwrap();
+        },
+        &["NaN or infinity"],
+    );
+}

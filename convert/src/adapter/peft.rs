@@ -11,7 +11,7 @@ use serde_json::Value;
 
 use super::weights::{AdapterWeights, LoraModule, TokenRows};
 use super::{AdapterConfig, Patterns};
-use crate::checkpoint::{CheckpointError, TensorFiles, TensorView};
+use crate::checkpoint::{self, CheckpointError, TensorFiles, TensorView};
 use crate::json;
 
 /// What can be wrong with an adapter folder.
@@ -89,8 +89,10 @@ impl PeftAdapter {
         if !config_path.is_file() {
             return Err(no("it has no adapter_config.json"));
         }
+        checkpoint::refuse_links(dir)?;
         let weights = Self::weights_path(dir);
         if !weights.is_file() {
+            checkpoint::refuse_pickle(dir)?;
             return Err(no("it has no adapter_model.safetensors"));
         }
         let text = json::read_bytes(&config_path).map_err(|source| CheckpointError::Read {

@@ -58,11 +58,11 @@ pub(super) fn is_file_name(name: &str) -> bool {
 /// Files that a trainer leaves beside the weights.
 const OF_TRAINING: &[&str] = &["training_args", "optimizer", "scheduler", "scaler", "rng_state"];
 
-/// The first weights of the folder that are pickled: loading one runs whatever it says.
-pub(super) fn pickle(dir: &Path) -> Option<String> {
-    let entries = std::fs::read_dir(dir).ok()?;
-    let mut names: Vec<_> = entries
-        .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+/// Refuses a folder with pickled weights, for one that has no others: loading a pickle runs whatever it says.
+pub fn refuse_pickle(dir: &Path) -> Result<(), CheckpointError> {
+    let names = std::fs::read_dir(dir).into_iter().flatten().flatten();
+    let mut names: Vec<_> = names
+        .filter_map(|entry| entry.file_name().into_string().ok())
         .filter(|name| {
             let name = name.to_ascii_lowercase();
             [".bin", ".pt", ".pth", ".pkl", ".ckpt"]
@@ -72,7 +72,13 @@ pub(super) fn pickle(dir: &Path) -> Option<String> {
         })
         .collect();
     names.sort_unstable();
-    names.into_iter().next()
+    match names.into_iter().next() {
+        None => Ok(()),
+        Some(file) => Err(CheckpointError::Pickle {
+            path: dir.to_path_buf(),
+            file,
+        }),
+    }
 }
 
 /// Refuses a folder whose configuration asks for Python code of its own: that code decides what the model
