@@ -434,6 +434,29 @@ fn dry_run_prints_the_table_and_writes_nothing() {
         .filter(|tensor| tensor["merged"] == true)
         .count();
     assert_eq!(merged, 4);
+    let of = |name: &str| -> Json {
+        let tensors = report["tensors"].as_array().unwrap();
+        tensors
+            .iter()
+            .find(|tensor| tensor["name"] == name)
+            .unwrap()
+            .clone()
+    };
+    // Rows of 32 are whole blocks of Q8_0; the norms are vectors.
+    assert_eq!(of("blk.0.attn_q.weight")["repacked"], "yes");
+    assert_eq!(of("blk.0.attn_q.weight")["fallback"], Json::Null);
+    assert_eq!(of("token_embd.weight")["repacked"], "copy");
+    assert_eq!(of("output_norm.weight")["rule"], "a vector");
+    assert!(report["peak_memory"].as_u64().unwrap() < 64 << 20);
+    let output = pipit_convert(&["model", text(&base), "-t", "Q4_K_M", "--dry-run"]);
+    let table = String::from_utf8(output.stdout).unwrap();
+    let why = "Q6_K by attn_v: more bits in half of the layers; rows of 32 are no whole blocks of 256";
+    assert!(
+        table
+            .lines()
+            .any(|line| line.starts_with("blk.1.attn_v.weight") && line.ends_with(why)),
+        "{table}"
+    );
 }
 
 #[test]

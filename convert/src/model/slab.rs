@@ -53,6 +53,19 @@ impl Plan<'_> {
         hand_on(ready)
     }
 
+    /// The bytes that the slabs take at most: each thread's rows in f32, and two windows of blocks.
+    pub(super) fn slab_memory(&self) -> u64 {
+        let threads = rayon::current_num_threads();
+        let elements = |slab: &Slab| slab.rows * self.jobs[slab.job].columns;
+        let blocks = |slab: &Slab| {
+            let kind = self.jobs[slab.job].choice.kind;
+            elements(slab) as u64 * kind.block_bytes() / kind.block_elements()
+        };
+        let rows = self.slabs().map(|slab| elements(&slab) * size_of::<f32>()).max();
+        let blocks = self.slabs().map(|slab| blocks(&slab)).max();
+        threads as u64 * (rows.unwrap_or(0) as u64 + 2 * SLABS_PER_THREAD as u64 * blocks.unwrap_or(0))
+    }
+
     fn slabs(&self) -> impl Iterator<Item = Slab> {
         self.jobs.iter().enumerate().flat_map(|(at, job)| {
             let rows = (SLAB_ELEMENTS / job.columns.max(1)).max(1);

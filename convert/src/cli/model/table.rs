@@ -17,7 +17,7 @@ pub(super) fn print(plan: &Plan<'_>, context: &Context) -> anyhow::Result<()> {
     if context.json {
         let report = json!({
             "architecture": plan.architecture.name, "bytes": bytes, "bits_per_weight": bits, "fallbacks": fallbacks,
-            "tensors": table,
+            "peak_memory": plan.peak_memory(), "tensors": table,
         });
         writeln!(stdout, "{report}")?;
         return Ok(());
@@ -65,6 +65,11 @@ pub(super) fn print(plan: &Plan<'_>, context: &Context) -> anyhow::Result<()> {
             0 => String::new(),
             copy => format!("; {} of embeddings is in memory twice", size(copy)),
         }
+    )?;
+    writeln!(
+        stdout,
+        "memory: writing it takes about {} at most",
+        size(plan.peak_memory())
     )?;
     Ok(())
 }
