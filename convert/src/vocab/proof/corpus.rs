@@ -94,6 +94,10 @@ const RANGES: &[(u32, u32)] = &[
 const RANDOM: usize = 150;
 /// Pieces of the vocabulary that share a text.
 const TOGETHER: usize = 64;
+/// The longest token in bytes that is taken, and the most bytes of tokens in a text. Real tokens have up to 512; a
+/// hostile one of a megabyte would overflow the stack of the regular expressions of C++ that llama.cpp cuts with.
+const LONGEST: usize = 1024;
+const MOST_BYTES: usize = 2048;
 /// Pieces of the vocabulary that are taken at most, evenly spread over it.
 const MOST_PIECES: usize = 65_536;
 
@@ -112,7 +116,7 @@ pub(super) fn of(vocab: &Vocab) -> Corpus {
     random(vocab, &pieces, &mut texts);
     let step = pieces.len().div_ceil(MOST_PIECES).max(1);
     let pieces: Vec<_> = pieces.into_iter().step_by(step).collect();
-    texts.extend(pieces.chunks(TOGETHER).map(|chunk| chunk.join("\n")));
+    texts.extend(together(&pieces).map(|chunk| chunk.join("\n")));
     // Where runs of spaces are tokens, the sign that SentencePiece writes for a space is read otherwise by each of the
     // three libraries.
     if vocab.limits.contains(&Limit::Runs) {
@@ -155,6 +159,7 @@ fn pieces(vocab: &Vocab) -> Vec<String> {
             Model::Bpe { .. } => pre::decode(token),
             Model::SentencePiece { .. } => Some(token.replace(SPACE, " ")),
         })
+        .filter(|piece| piece.len() <= LONGEST)
         .collect()
 }
 
@@ -163,18 +168,34 @@ fn pieces(vocab: &Vocab) -> Vec<String> {
 const ALL_OF_ADDED: usize = 512;
 const SAMPLE: usize = 16;
 
+/// The tokens that share a text, in their order.
+fn together<T: AsRef<str>>(tokens: &[T]) -> impl Iterator<Item = &[T]> {
+    let mut rest = tokens;
+    std::iter::from_fn(move || {
+        let mut bytes = 0;
+        let fits = rest.iter().take(TOGETHER).take_while(|token| {
+            bytes += token.as_ref().len();
+            bytes <= MOST_BYTES
+        });
+        let (chunk, after) = rest.split_at(fits.count());
+        rest = after;
+        (!chunk.is_empty()).then_some(chunk)
+    })
+}
+
 /// Added tokens alone, inside of words, between spaces, and glued to the next.
 fn added(vocab: &Vocab, texts: &mut Vec<String>) {
     let tokens = vocab.tokens.iter().zip(&vocab.kinds);
     let added: Vec<&str> = tokens
         .filter(|(_, kind)| matches!(**kind, CONTROL | USER_DEFINED))
         .map(|(token, _)| token.as_str())
+        .filter(|token| token.len() <= LONGEST)
         .enumerate()
         .filter(|(at, _)| *at < ALL_OF_ADDED || at % SAMPLE == 0)
         .map(|(_, token)| token)
         .collect();
     texts.extend(added.iter().map(|token| (*token).to_owned()));
-    for chunk in added.chunks(TOGETHER) {
+    for chunk in together(&added) {
         texts.push(chunk.concat());
         texts.push(
             chunk
@@ -201,7 +222,8 @@ fn random(vocab: &Vocab, pieces: &[String], texts: &mut Vec<String>) {
                 1 => {
                     let id = random.below(vocab.tokens.len());
                     // Only tokens that are found in text as a whole are text themselves.
-                    if matches!(vocab.kinds[id], CONTROL | USER_DEFINED) {
+                    if matches!(vocab.kinds[id], CONTROL | USER_DEFINED) && vocab.tokens[id].len() <= LONGEST
+                    {
                         text.push_str(&vocab.tokens[id]);
                     }
                 }
@@ -239,6 +261,15 @@ impl Random {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn every_token_is_in_one_text_and_no_text_is_long() {
+        let tokens: Vec<String> = (0..300).map(|n| "x".repeat(1 + n * 7 % LONGEST)).collect();
+        let chunks: Vec<_> = together(&tokens).collect();
+        assert_eq!(chunks.concat(), tokens);
+        let bytes = |chunk: &&[String]| chunk.iter().map(String::len).sum::<usize>() <= MOST_BYTES;
+        assert!(chunks.iter().all(bytes) && chunks.iter().all(|chunk| chunk.len() <= TOGETHER));
+    }
 
     #[test]
     fn the_generator_is_the_published_one() {
