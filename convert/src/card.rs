@@ -144,7 +144,7 @@ impl Card<'_> {
         }
         let ends = crate::modelfile::ends(self.header);
         if !ends.is_empty() {
-            let ends: Vec<_> = ends.iter().map(|text| format!("`{}`", code(text))).collect();
+            let ends: Vec<_> = ends.iter().map(|text| code_cell(text)).collect();
             rows.push(("an answer ends with", ends.join(" or ")));
         }
         let mut out = String::from("| | |\n|---|---|\n");
@@ -176,12 +176,12 @@ impl Card<'_> {
             let names = self.texts(&format!("pipit.{group}.files"));
             let sums = self.texts(&format!("pipit.{group}.sha256"));
             for (name, sum) in names.iter().zip(sums) {
-                let _ = writeln!(out, "| {} | `{}` |", escape(name), code(sum));
+                let _ = writeln!(out, "| {} | {} |", escape(name), code_cell(sum));
             }
         }
         if let (Some(name), Some(sum)) = (self.text("pipit.imatrix.file"), self.text("pipit.imatrix.sha256"))
         {
-            let _ = writeln!(out, "| {} | `{}` |", escape(&name), code(&sum));
+            let _ = writeln!(out, "| {} | {} |", escape(&name), code_cell(&sum));
         }
         out.push('\n');
         if let Some(Value::Array(Array::F32(scales))) = self.get("pipit.adapter.scale") {
@@ -241,11 +241,15 @@ fn code(text: &str) -> String {
     text.chars()
         .map(|c| match c {
             '`' | '\'' => '?',
-            '|' => '¦',
             c if c.is_control() => ' ',
             c => c,
         })
         .collect()
+}
+
+/// Text between backticks in a table, where a bar must be taken for itself.
+fn code_cell(text: &str) -> String {
+    format!("`{}`", code(text).replace('|', "\\|"))
 }
 
 /// A JSON string is a YAML string.
@@ -271,6 +275,8 @@ mod tests {
                     "https://huggingface.co/org/base".into(),
                 ),
                 ("llama.context_length".into(), Value::U32(2048)),
+                ("tokenizer.ggml.tokens".into(), vec!["<|end|>".to_owned()].into()),
+                ("tokenizer.ggml.eos_token_id".into(), Value::U32(0)),
                 (
                     "pipit.source.files".into(),
                     vec!["model.safetensors".to_owned()].into(),
@@ -308,6 +314,7 @@ mod tests {
             "| parameters | 128 |",
             "| size | 300 bytes, 18.75 bits per weight |",
             "| context | 2048 tokens |",
+            "| an answer ends with | `<\\|end\\|>` |",
             "| tiny.gguf | 300 | `def` |",
             "| Q8_0 | 1 | 136 |",
             "| model.safetensors | `abc` |",
