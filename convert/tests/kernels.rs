@@ -23,7 +23,7 @@ fn importance() -> Vec<f32> {
     exponents.map(|exponent| 2.0f32.powi(exponent)).collect()
 }
 
-/// The golden sums come from kernels that were compiled with -ffp-contract=off. With `-mfma -ffp-contract=fast`, 24 of
+/// The golden sums come from kernels that were compiled with -ffp-contract=off. With `-mfma -ffp-contract=fast`, 22 of
 /// them are others (references/make_quantized_rows.py shows which), so this fails if .cargo/config.toml is not heeded
 /// on a machine whose compiler fuses.
 #[test]

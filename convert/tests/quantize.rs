@@ -365,3 +365,24 @@ fn what_needs_an_imatrix_names_the_tensor() {
         "{message}"
     );
 }
+
+#[test]
+fn the_number_of_threads_changes_no_bit() {
+    // Embeddings of several slabs.
+    let shape = Shape {
+        hidden: 1024,
+        ..SMALL
+    };
+    let model = Model::new(&shape, Weights::Trained);
+    let out = model.scratch.path().join("out.gguf");
+    let bytes = [1, 2, 7].map(|threads| {
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(threads)
+            .build()
+            .unwrap();
+        pool.install(|| convert(&model.checkpoint, &Recipe::new(FileType::Q4_K_M), &out))
+            .unwrap();
+        std::fs::read(&out).unwrap()
+    });
+    assert!(bytes[0] == bytes[1] && bytes[0] == bytes[2]);
+}
