@@ -130,9 +130,6 @@ fn embeddings_and_output_that_change_alike_stay_one_tensor() {
 fn new_tokens_come_with_the_adapters_tokenizer() {
     let ours = check("resized");
     assert_eq!(ours.config()["vocab_size"], 342);
-    let tokenizer = std::fs::read_to_string(ours.dir().join("tokenizer.json")).unwrap_or_default();
-    // The folder of the merged checkpoint is gone by now; what was read of it stays.
-    assert!(tokenizer.is_empty() || tokenizer.contains("kitchenette"));
     let scratch = tempfile::tempdir().unwrap();
     let file = scratch.path().join("resized.gguf");
     let gguf = convert(&fixture("tied"), &[open("resized", 1.0)], TensorType::F32, &file).unwrap();
