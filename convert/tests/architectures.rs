@@ -415,8 +415,8 @@ fn a_file_of_any_type_is_imported_as_llama_cpp_reads_it() {
     println!("{seen:?}");
 }
 
-/// Configurations as the makers of the models published them (without what does not concern the weights), and the
-/// number of parameters that the Hub shows for each.
+/// Configurations of published models (without what does not concern the weights), and the number of parameters that
+/// each is known to have. Both were written down from memory: a slip in either would have to fit the other.
 #[test]
 fn published_models_have_as_many_parameters_as_their_table() {
     let models: Vec<Json> =
