@@ -28,7 +28,7 @@ pub struct Options {
     pub ctx: usize,
     /// So many chunks at most.
     pub chunks: Option<NonZeroUsize>,
-    /// The number of threads; nothing for one per core.
+    /// The number of threads; nothing for as many as everything else here uses.
     pub threads: Option<NonZeroUsize>,
 }
 

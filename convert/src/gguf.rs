@@ -11,7 +11,7 @@ mod write;
 
 use std::path::PathBuf;
 
-pub use files::{FilesWriter, WrittenFile};
+pub use files::{FilesWriter, Unnamed, WrittenFile};
 pub use read::{Gguf, TensorInfo};
 pub use tensor_type::TensorType;
 pub use value::{Array, Value};

@@ -13,6 +13,8 @@ const NOT_RECORDED: &[&str] = &[
     "threads",
     "verify",
     "max_kl",
+    "verify_ctx",
+    "verify_chunks",
     "json",
     "verbose",
     "quiet",

@@ -3,6 +3,7 @@
 mod recipe;
 mod result;
 mod table;
+mod verify;
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -16,7 +17,9 @@ use serde_json::json;
 
 use self::recipe::RecipeArgs;
 use self::result::ResultArgs;
+use self::verify::VerifyArgs;
 use super::bar::Bar;
+use super::compare::lines;
 use super::{Context, size};
 
 /// Make a GGUF file out of a checkpoint, with LoRA adapters merged into it
@@ -46,6 +49,8 @@ pub(super) struct Args {
     no_tokenizer_proof: bool,
     #[command(flatten)]
     result: ResultArgs,
+    #[command(flatten)]
+    verify: VerifyArgs,
     /// Print what would be written, and write nothing
     #[arg(long)]
     dry_run: bool,
@@ -86,6 +91,7 @@ pub(super) fn run(args: &Args, context: &Context) -> anyhow::Result<()> {
         .map(|text| open_adapter(text))
         .collect::<anyhow::Result<Vec<_>>>()?;
     let recipe = args.recipe.recipe()?;
+    let text = args.verify.text()?;
     let Some(output) = args.output.as_ref().filter(|_| !args.dry_run) else {
         return table::print(&Plan::new(&model, &adapters, &recipe)?, context);
     };
@@ -97,9 +103,20 @@ pub(super) fn run(args: &Args, context: &Context) -> anyhow::Result<()> {
     let plan = Plan::with_provenance(&model, &adapters, &recipe, &provenance)?;
     let merged = plan.table().iter().filter(|tensor| tensor.merged).count();
     let source = (args.checkpoint.as_path(), args.recipe.file.name());
-    let written = args
-        .result
-        .write(&plan, output, source, args.force, &Bar::new(context.quiet))?;
+    let progress = Bar::new(context.quiet);
+    let writer = args.result.write(&plan, output, args.force, &progress)?;
+    let comparison = match &text {
+        Some(text) => Some(
+            args.verify
+                .compare(&plan, &adapters, &writer, (output, text), &progress)?,
+        ),
+        None => None,
+    };
+    drop(progress);
+    if let Some(comparison) = &comparison {
+        args.verify.check(comparison, context)?;
+    }
+    let written = args.result.commit(&plan, writer, output, source)?;
     let bytes = written.files.iter().map(|file| file.bytes).sum();
     let seconds = started.elapsed().as_secs_f64();
     let tensors = plan.header.tensors.len();
@@ -108,7 +125,7 @@ pub(super) fn run(args: &Args, context: &Context) -> anyhow::Result<()> {
         let report = json!({
             "output": output, "architecture": plan.architecture.name, "type": args.recipe.file.name(), "tensors": tensors,
             "merged": merged, "bytes": bytes, "files": written.files, "card": written.card,
-            "modelfile": written.modelfile, "seconds": seconds,
+            "modelfile": written.modelfile, "comparison": comparison, "seconds": seconds,
         });
         writeln!(stdout, "{report}")?;
     } else {
@@ -124,6 +141,9 @@ pub(super) fn run(args: &Args, context: &Context) -> anyhow::Result<()> {
             size(bytes),
             args.recipe.file
         )?;
+        if let Some(comparison) = &comparison {
+            writeln!(stdout, "{}", lines(comparison))?;
+        }
     }
     Ok(())
 }

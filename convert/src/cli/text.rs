@@ -17,7 +17,8 @@ pub(super) struct TextArgs {
     threads: Option<NonZeroUsize>,
 }
 
-fn ctx(text: &str) -> Result<usize, String> {
+/// The value of `--ctx`.
+pub(super) fn ctx(text: &str) -> Result<usize, String> {
     let ctx: usize = text.parse().map_err(|e| format!("{e}"))?;
     if ctx < MIN_CTX {
         return Err(format!("a chunk has at least {MIN_CTX} tokens"));

@@ -82,7 +82,7 @@ impl<O: Observer> Session<O> {
         let observer = Box::into_raw(Box::new(observer));
         let batch = options.batch();
         let threads = options.threads.map(std::num::NonZeroUsize::get);
-        let threads = threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |n| n.get()));
+        let threads = threads.unwrap_or_else(rayon::current_num_threads);
         let context = llama_cpp::attempt(|| start(model, ctx, batch, threads, observer).ok_or("no memory"));
         let context = context.map_err(|source| {
             #[expect(unsafe_code, reason = "llama.cpp is C")]

@@ -6,6 +6,7 @@ use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
+use tempfile::TempDir;
 
 use super::{GgufError, Header, Writer, split};
 use crate::checksum::hex;
@@ -67,14 +68,43 @@ impl<'a> FilesWriter<'a> {
         }
     }
 
+    /// Ends the last file. Every tensor must be complete. The result has no name yet, and [`FilesWriter::unnamed`]
+    /// shows it.
+    pub fn finish(&mut self) -> Result<(), GgufError> {
+        while self.current.is_some() {
+            self.next_file()?;
+        }
+        Ok(())
+    }
+
+    /// The finished result, for a look before it gets its name.
+    pub fn unnamed(&self) -> io::Result<Unnamed> {
+        if let [(_, only)] = &self.done[..] {
+            return Ok(Unnamed {
+                path: only.temp_path().to_path_buf(),
+                _links: None,
+            });
+        }
+        // Readers find parts by their names.
+        let links = tempfile::tempdir()?;
+        let mut first = None;
+        for (file, output) in &self.done {
+            let link = links.path().join(file.path.file_name().unwrap_or_default());
+            std::os::unix::fs::symlink(std::path::absolute(output.temp_path())?, &link)?;
+            first.get_or_insert(link);
+        }
+        Ok(Unnamed {
+            path: first.unwrap_or_default(),
+            _links: Some(links),
+        })
+    }
+
     /// Syncs all files and gives them their names. Every tensor must be complete.
     ///
     /// The first part is what a reader opens, so it gets its name last; an older first part goes before the
     /// other parts are replaced. At every moment there is the old model, or none, or the new one.
     pub fn commit(mut self) -> Result<Vec<WrittenFile>, GgufError> {
-        while self.current.is_some() {
-            self.next_file()?;
-        }
+        self.finish()?;
         for (_, output) in &self.done {
             output.sync()?;
         }
@@ -113,6 +143,21 @@ impl<'a> FilesWriter<'a> {
             self.current = Some((path, Writer::new(buffer, &header)?));
         }
         Ok(())
+    }
+}
+
+/// A result that has no name yet.
+#[derive(Debug)]
+pub struct Unnamed {
+    path: PathBuf,
+    /// Where parts have the names that readers find them by.
+    _links: Option<TempDir>,
+}
+
+impl Unnamed {
+    /// The file, or the first part.
+    pub fn path(&self) -> &Path {
+        &self.path
     }
 }
 

@@ -1,10 +1,12 @@
 //! The plan: every tensor's name, type, shape and place, before a weight is touched.
 
+use std::path::Path;
+
 use super::{ModelError, Provenance, SourceModel, general};
 use crate::arch::{Architecture, TensorRule};
 use crate::gguf::{Array, GgufError, Header, TensorPlan, TensorType, Value};
 use crate::merge::{Merge, ScaledAdapter};
-use crate::quantize::{Candidate, Choice, Importance, ModelFacts, QuantizeError, Recipe, Repack};
+use crate::quantize::{Candidate, Choice, FileType, Importance, ModelFacts, QuantizeError, Recipe, Repack};
 
 /// What the program and the libraries take before they read anything. Measured with `/usr/bin/time`.
 const PROGRAM_MEMORY: u64 = 20 << 20;
@@ -207,6 +209,35 @@ impl<'a> Plan<'a> {
             _ => 0,
         };
         PROGRAM_MEMORY + tokens * TOKEN_MEMORY + self.slab_memory()
+    }
+
+    /// The folder or file that the model comes from.
+    pub fn source(&self) -> &Path {
+        self.model.path()
+    }
+
+    /// The type that keeps what the model's own matrices are: theirs, or F32 where they differ, are quantised or have
+    /// an adapter merged.
+    pub fn own_type(&self) -> Result<FileType, ModelError> {
+        let mut found = None;
+        for job in &self.jobs {
+            let Source::Checkpoint(rule) = &job.source else {
+                continue;
+            };
+            if job.rows == 1 {
+                continue;
+            }
+            let kind = match self.model.stored_type(rule)? {
+                TensorType::F16 if !self.merge.changes(&rule.hf) => FileType::F16,
+                TensorType::BF16 if !self.merge.changes(&rule.hf) => FileType::BF16,
+                _ => return Ok(FileType::F32),
+            };
+            if found.is_some_and(|found| found != kind) {
+                return Ok(FileType::F32);
+            }
+            found = Some(kind);
+        }
+        Ok(found.unwrap_or(FileType::F32))
     }
 
     /// The size that the file will have.

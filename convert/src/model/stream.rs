@@ -15,13 +15,18 @@ impl Plan<'_> {
         max_part_bytes: Option<u64>,
         progress: &dyn Progress,
     ) -> Result<Vec<WrittenFile>, ModelError> {
-        let format = |e: GgufError| ModelError::Write {
-            path: path.to_path_buf(),
-            source: match e {
-                GgufError::Write(e) => e,
-                other => std::io::Error::other(other),
-            },
-        };
+        let writer = self.write_unnamed(path, max_part_bytes, progress)?;
+        writer.commit().map_err(|e| unwritten(path, e))
+    }
+
+    /// Writes everything, and gives it no name: [`FilesWriter::commit`] does, and dropping the writer removes it all.
+    pub fn write_unnamed(
+        &self,
+        path: &Path,
+        max_part_bytes: Option<u64>,
+        progress: &dyn Progress,
+    ) -> Result<FilesWriter<'_>, ModelError> {
+        let format = |e: GgufError| unwritten(path, e);
         let mut writer = FilesWriter::create(path, &self.header, max_part_bytes).map_err(format)?;
         progress.start(
             "converting",
@@ -37,6 +42,18 @@ impl Plan<'_> {
         if progress.cancelled() {
             return Err(ModelError::Interrupted);
         }
-        writer.commit().map_err(format)
+        writer.finish().map_err(format)?;
+        Ok(writer)
+    }
+}
+
+/// The error that a result at `path` cannot be written.
+fn unwritten(path: &Path, error: GgufError) -> ModelError {
+    ModelError::Write {
+        path: path.to_path_buf(),
+        source: match error {
+            GgufError::Write(error) => error,
+            other => std::io::Error::other(other),
+        },
     }
 }

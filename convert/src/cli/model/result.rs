@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail};
 use pipit_convert::card::Card;
-use pipit_convert::gguf::{WrittenFile, split};
+use pipit_convert::gguf::{FilesWriter, WrittenFile, split};
 use pipit_convert::model::Plan;
 use pipit_convert::modelfile::modelfile;
 use pipit_convert::output::write_file;
@@ -59,15 +59,14 @@ impl ResultArgs {
         Ok(())
     }
 
-    /// Writes everything. `source` is the model, `kind` the name of the quantisation.
-    pub(super) fn write(
+    /// Writes the file or its parts, without a name yet.
+    pub(super) fn write<'p>(
         &self,
-        plan: &Plan<'_>,
+        plan: &'p Plan<'_>,
         output: &Path,
-        (source, kind): (&Path, &str),
         force: bool,
         progress: &dyn Progress,
-    ) -> anyhow::Result<Written> {
+    ) -> anyhow::Result<FilesWriter<'p>> {
         let parts = match self.split_max_size {
             Some(bytes) => split::cut(&plan.header, bytes)?.len(),
             None => 1,
@@ -77,7 +76,21 @@ impl ResultArgs {
                 check_output(&path, force)?;
             }
         }
-        let files = plan.write(output, self.split_max_size, progress)?;
+        Ok(plan.write_unnamed(output, self.split_max_size, progress)?)
+    }
+
+    /// Gives the result its name, and writes what stands beside it. `source` is the model, `kind` the name of the
+    /// quantisation.
+    pub(super) fn commit(
+        &self,
+        plan: &Plan<'_>,
+        writer: FilesWriter<'_>,
+        output: &Path,
+        (source, kind): (&Path, &str),
+    ) -> anyhow::Result<Written> {
+        let files = writer
+            .commit()
+            .with_context(|| format!("cannot write {}", output.display()))?;
         let mut written = Written {
             files,
             card: None,
