@@ -8,7 +8,6 @@ fuzz_target!(|data: &[u8]| {
     if let Ok(value) = pipit_convert::json::from_slice::<Value>(data) {
         assert_eq!(serde_json::from_slice::<Value>(data).unwrap(), value);
         let again = value.to_string();
-        // Numbers of more than seventeen digits may move by one bit: serde_json rounds them the fast way.
-        pipit_convert::json::from_slice::<Value>(again.as_bytes()).unwrap();
+        assert_eq!(pipit_convert::json::from_slice::<Value>(again.as_bytes()).unwrap(), value);
     }
 });
