@@ -55,12 +55,14 @@ impl Importance {
         })
     }
 
-    /// `quantize.imatrix.*`, as `llama-quantize` writes them.
+    /// `quantize.imatrix.*`, as `llama-quantize` writes them, but for the paths: a folder says more of its owner's
+    /// machine than of the model.
     pub fn to_metadata(&self) -> Vec<(String, Value)> {
-        let mut keys: Vec<(String, Value)> = vec![("quantize.imatrix.file".into(), cut(&self.file).into())];
+        let name = |path: &str| Value::from(cut(path.rsplit('/').next().unwrap_or(path)));
+        let mut keys = vec![("quantize.imatrix.file".to_owned(), name(&self.file))];
         // llama-quantize names the first one only.
         if let Some(dataset) = self.datasets.first() {
-            keys.push(("quantize.imatrix.dataset".into(), cut(dataset).into()));
+            keys.push(("quantize.imatrix.dataset".into(), name(dataset)));
         }
         let entries = self.weights.len() as u32;
         keys.push(("quantize.imatrix.entries_count".into(), entries.into()));

@@ -48,7 +48,9 @@ def write_imatrix(model, path):
 
 
 def keys(reader):
-    return {name: field.contents() for name, field in reader.fields.items() if name.startswith(SAME)}
+    """What both must say; of paths the last part, which is all that ours has."""
+    own = {name: field.contents() for name, field in reader.fields.items() if name.startswith(SAME)}
+    return {name: value.split("/")[-1] if isinstance(value, str) else value for name, value in own.items()}
 
 
 def compare(ours, theirs):
