@@ -1,7 +1,7 @@
 //! Adapters merged into the weights, in f32, in the order in which they are given.
 //!
 //! In: rows of the checkpoint's tensors, before any reordering for the GGUF file. Out: the same rows with all adapters
-//! in them. What an adapter does to a tensor is a list of [`Step`](step::Step)s. PEFT's `merge_and_unload` does the
+//! in them. What an adapter does to a tensor is a list of steps. PEFT's `merge_and_unload` does the
 //! same with whole matrices and in the checkpoint's own precision (peft/tuners/lora/layer.py); here the sum stays f32
 //! until it is quantised.
 
