@@ -2,7 +2,8 @@
 
     python compare_quantize.py --bin FOLDER --llama-quantize PATH [--types TYPE...] MODEL...
 
-FOLDER holds pipit-convert; MODEL is a checkpoint folder or a GGUF file. llama-quantize must be built without
+FOLDER holds pipit-convert; MODEL is a checkpoint folder, or a GGUF file that is not quantised (of a quantised one both
+programs copy the blocks that have the type already, and llama-quantize does not see them here). llama-quantize must be built without
 contraction (CFLAGS=CXXFLAGS=-ffp-contract=off) from a llama.cpp whose ggml-quants.c is that of the linked one. Both
 start from the same weights: llama-quantize gets the model in F32. Every type is made without an importance matrix and,
 if this pipit-convert has --imatrix, with a made-up one; what llama-quantize refuses must be refused here too. Compares
