@@ -8,7 +8,7 @@ contraction (CFLAGS=CXXFLAGS=-ffp-contract=off) from a llama.cpp whose ggml-quan
 start from the same weights: llama-quantize gets the model in F32. Every type is made without an importance matrix and,
 if this pipit-convert has --imatrix, with a made-up one; what llama-quantize refuses must be refused here too. Compares
 the type and the bytes of every tensor, general.file_type, general.quantization_version and quantize.imatrix.*. Prints
-`n of n` per type and exits 1 if anything differs. Needs the package gguf.
+`n of n` per type and exits 1 if anything differs. Needs gguf; for Q2_0 that of llama.cpp's tree (PYTHONPATH).
 """
 
 import argparse
