@@ -143,6 +143,11 @@ pub struct ExtraTensor {
     pub values: Vec<f32>,
 }
 
+/// What most architectures have for [`Architecture::extra_tensors`].
+fn no_extra_tensors(_: &Map<String, Json>) -> Result<Vec<ExtraTensor>, ArchError> {
+    Ok(Vec::new())
+}
+
 /// The order of a tensor's rows in the GGUF file, given those of the checkpoint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RowOrder {

@@ -139,10 +139,11 @@ impl<'a> Merge<'a> {
         arch: &'static Architecture,
         config: &Map<String, Json>,
     ) -> Result<Self, MergeError> {
+        let before = (arch.tensors)(config)?;
         let mut merge = Self {
             steps: BTreeMap::new(),
             config: config.clone(),
-            rules: (arch.tensors)(config)?,
+            rules: before.clone(),
             vocabulary: None,
         };
         let mut changes = Vec::new();
@@ -151,7 +152,6 @@ impl<'a> Merge<'a> {
         }
         merge.resize(&changes)?;
         merge.untie(arch, &mut changes)?;
-        let before = (arch.tensors)(config)?;
         for Change {
             adapter,
             tensor,
@@ -345,7 +345,7 @@ impl<'a> Merge<'a> {
         };
         if let Step::Rows(tokens) = step {
             let rows = wanted.first().copied().unwrap_or(0);
-            if let Some(token) = tokens.indices.iter().find(|token| **token >= rows) {
+            if let Some(token) = tokens.rows.keys().find(|token| **token >= rows) {
                 return Err(MergeError::Token {
                     adapter: adapter.dir().to_path_buf(),
                     tensor: tensor.to_owned(),

@@ -4,16 +4,14 @@
 //! patterns are folded into B, so that it computes what PEFT computes. Source: llama.cpp src/llama-adapter.cpp
 //! (`llama_adapter_lora_init_impl`), src/llama-graph.cpp (`build_lora_mm`, `build_inp_embd`).
 
-use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 use super::{AdapterError, LoraModule, PeftAdapter};
 use crate::arch::{ArchError, Architecture, TensorRule};
 use crate::checksum;
-use crate::gguf::{GgufError, Header, TensorPlan, TensorType, Value, Writer};
+use crate::gguf::{FilesWriter, GgufError, Header, TensorPlan, TensorType, Value};
 use crate::merge::{Merge, MergeError, ScaledAdapter};
 use crate::model::SourceModel;
-use crate::output::OutputFile;
 use crate::quantize::{self, QuantizeError};
 
 /// What can go wrong.
@@ -106,10 +104,9 @@ impl GgufAdapter {
             source,
         })?;
         // What fits the merge fits the file; an adapter that unties the base does not.
-        let merge = Merge::new(std::slice::from_ref(scaled), arch, base.config())?;
+        Merge::new(std::slice::from_ref(scaled), arch, base.config())?;
         let rules = (arch.tensors)(base.config()).map_err(MergeError::from)?;
         check_tied(adapter, &rules)?;
-        drop(merge);
         // llama.cpp takes an alpha of 0 for a scale of 1.
         let alpha = match adapter.config().lora_alpha as f32 {
             0.0 => 1.0,
@@ -163,16 +160,12 @@ impl GgufAdapter {
                 other => std::io::Error::other(other),
             })
         };
-        let size = self.header.file_size().map_err(format)?;
-        let mut output = OutputFile::create(path).map_err(io)?;
-        let buffer = BufWriter::new(output.file_mut());
-        let mut writer = Writer::new(buffer, &self.header).map_err(format)?;
+        let mut writer = FilesWriter::create(path, &self.header, None).map_err(format)?;
         for (plan, bytes) in self.header.tensors.iter().zip(&self.tensors) {
             writer.append(&plan.name, bytes).map_err(format)?;
         }
-        writer.finish().map_err(format)?.flush().map_err(io)?;
-        output.commit().map_err(io)?;
-        Ok(size)
+        let files = writer.commit().map_err(format)?;
+        Ok(files.iter().map(|file| file.bytes).sum())
     }
 }
 

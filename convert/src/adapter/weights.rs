@@ -36,12 +36,10 @@ pub struct LoraModule {
 /// Rows of embeddings that were trained (`trainable_token_indices`).
 #[derive(Debug, Clone, PartialEq)]
 pub struct TokenRows {
-    /// The tokens, in the order of the rows.
-    pub indices: Vec<usize>,
     /// The length of a row.
     pub columns: usize,
-    /// `[indices, columns]`, row-major: the rows as they are after training.
-    pub rows: Vec<f32>,
+    /// By token, its row as it is after training.
+    pub rows: BTreeMap<usize, Vec<f32>>,
 }
 
 /// All that an adapter holds.
@@ -242,11 +240,12 @@ impl TokenRows {
                 indices.len()
             ));
         }
-        Ok(Self {
-            indices,
-            columns,
-            rows: numbers(view)?,
-        })
+        let values = numbers(view)?;
+        let mut rows = BTreeMap::new();
+        for (token, row) in indices.into_iter().zip(values.chunks_exact(columns.max(1))) {
+            rows.entry(token).or_insert_with(|| row.to_vec());
+        }
+        Ok(Self { columns, rows })
     }
 }
 

@@ -9,7 +9,7 @@ use super::llama::EMBEDDINGS;
 use super::rope::{Rope, rope_of};
 use super::table::Dim::{FeedForward, Hidden, KeyValue, Query};
 use super::table::{Line, line};
-use super::{ArchError, Architecture, Config, ExtraTensor, TensorRule};
+use super::{ArchError, Architecture, Config, TensorRule, no_extra_tensors};
 use crate::gguf::{Gguf, Value};
 
 /// The table of this architecture.
@@ -21,7 +21,7 @@ pub const GEMMA2: Architecture = Architecture {
     real: &[],
     rope: &[],
     tensors,
-    extra_tensors,
+    extra_tensors: no_extra_tensors,
     metadata,
     config,
 };
@@ -82,10 +82,6 @@ pub(super) fn check_gemma(config: &Config<'_>) -> Result<(), ArchError> {
         decoder::check_activation(config, key, &["gelu_pytorch_tanh", "gelu"])?;
     }
     decoder::check_off(config, &["attention_bias", "use_bidirectional_attention"])
-}
-
-fn extra_tensors(_: &Map<String, Json>) -> Result<Vec<ExtraTensor>, ArchError> {
-    Ok(Vec::new())
 }
 
 fn metadata(config: &Map<String, Json>) -> Result<Vec<(String, Value)>, ArchError> {

@@ -12,7 +12,7 @@ use super::llama::HEAD;
 use super::rope::{Rope, rope_of};
 use super::table::Dim::{FeedForward, Head, Hidden, KeyValue, Query};
 use super::table::{Line, line};
-use super::{ArchError, Architecture, Config, ExtraTensor, TensorRule};
+use super::{ArchError, Architecture, Config, TensorRule, no_extra_tensors};
 use crate::gguf::{Gguf, Value};
 
 /// The table of this architecture.
@@ -24,7 +24,7 @@ pub const GEMMA3: Architecture = Architecture {
     real: &["Gemma 3 270M"],
     rope: &["linear"],
     tensors,
-    extra_tensors,
+    extra_tensors: no_extra_tensors,
     metadata,
     config,
 };
@@ -80,10 +80,6 @@ fn tensors(config: &Map<String, Json>) -> Result<Vec<TensorRule>, ArchError> {
     }
     let head = (!decoder::tied(config, true)?).then_some(&HEAD);
     decoder::tensors(config, &sizes, OUTSIDE, head, |_| LAYER)
-}
-
-fn extra_tensors(_: &Map<String, Json>) -> Result<Vec<ExtraTensor>, ArchError> {
-    Ok(Vec::new())
 }
 
 fn metadata(config: &Map<String, Json>) -> Result<Vec<(String, Value)>, ArchError> {

@@ -9,7 +9,7 @@ use super::llama::{HEAD, OUTSIDE};
 use super::rope::{Rope, rope_of};
 use super::table::Dim::{FeedForward, Hidden, KeyValue, Query};
 use super::table::{Line, line};
-use super::{ArchError, Architecture, Config, ExtraTensor, TensorRule};
+use super::{ArchError, Architecture, Config, TensorRule, no_extra_tensors};
 use crate::gguf::{Gguf, Value};
 
 /// The table of this architecture.
@@ -21,7 +21,7 @@ pub const OLMO2: Architecture = Architecture {
     real: &[],
     rope: &["linear", "yarn"],
     tensors,
-    extra_tensors,
+    extra_tensors: no_extra_tensors,
     metadata,
     config,
 };
@@ -62,10 +62,6 @@ fn tensors(config: &Map<String, Json>) -> Result<Vec<TensorRule>, ArchError> {
         ));
     }
     decoder::tensors(config, &sizes, OUTSIDE, Some(&HEAD), |_| LAYER)
-}
-
-fn extra_tensors(_: &Map<String, Json>) -> Result<Vec<ExtraTensor>, ArchError> {
-    Ok(Vec::new())
 }
 
 fn metadata(config: &Map<String, Json>) -> Result<Vec<(String, Value)>, ArchError> {

@@ -7,7 +7,7 @@ use serde_json::{Map, Value as Json, json};
 use super::decoder::{self, Keys, Sizes, Source, with};
 use super::llama::{HEAD, LAYER, OUTSIDE};
 use super::rope::{Rope, rope_of};
-use super::{ArchError, Architecture, Config, ExtraTensor, TensorRule};
+use super::{ArchError, Architecture, Config, TensorRule, no_extra_tensors};
 use crate::gguf::{Gguf, Value};
 
 /// The table of this architecture.
@@ -19,7 +19,7 @@ pub const SMOLLM3: Architecture = Architecture {
     real: &[],
     rope: &["linear", "yarn"],
     tensors,
-    extra_tensors,
+    extra_tensors: no_extra_tensors,
     metadata,
     config,
 };
@@ -63,10 +63,6 @@ fn tensors(config: &Map<String, Json>) -> Result<Vec<TensorRule>, ArchError> {
     rope(config)?;
     let head = (!decoder::tied(config, true)?).then_some(&HEAD);
     decoder::tensors(config, &sizes, OUTSIDE, head, |_| LAYER)
-}
-
-fn extra_tensors(_: &Map<String, Json>) -> Result<Vec<ExtraTensor>, ArchError> {
-    Ok(Vec::new())
 }
 
 fn metadata(config: &Map<String, Json>) -> Result<Vec<(String, Value)>, ArchError> {

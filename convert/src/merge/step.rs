@@ -89,10 +89,8 @@ impl<'a> Step<'a> {
                 }
             }
             Self::Rows(tokens) => {
-                let new: Vec<_> = tokens.rows.chunks_exact(tokens.columns).collect();
                 for (at, values) in values.chunks_exact_mut(columns).enumerate() {
-                    let at = tokens.indices.iter().position(|token| *token == row(at));
-                    if let Some(new) = at.and_then(|at| new.get(at)) {
+                    if let Some(new) = tokens.rows.get(&row(at)) {
                         values.copy_from_slice(new);
                     }
                 }

@@ -191,9 +191,7 @@ impl SourceModel {
             }
         }
     }
-}
 
-impl SourceModel {
     /// The blocks of some rows, if the model comes from a file that has the tensor in this very type, and that is
     /// a type of blocks.
     pub(super) fn blocks(

@@ -22,6 +22,7 @@ use sha2::{Digest, Sha256};
 use tokenizers::{AddedToken, Tokenizer};
 
 use super::{CONTROL, Limit, UNKNOWN, USER_DEFINED, Vocab, is_phi3};
+use crate::checksum;
 use crate::gguf::{GgufError, Header, Value, Writer};
 use crate::llama_cpp::{self, LlamaCppError};
 
@@ -127,7 +128,7 @@ impl Vocab {
         Ok(Proof {
             texts: texts.len(),
             pieces,
-            sha256: hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect(),
+            sha256: checksum::hex(&hash.finalize()),
         })
     }
 }
