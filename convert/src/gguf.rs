@@ -109,3 +109,13 @@ pub enum GgufError {
     #[error("cannot write: {0}")]
     Write(#[from] std::io::Error),
 }
+
+/// For errors that name the file themselves.
+impl From<GgufError> for std::io::Error {
+    fn from(error: GgufError) -> Self {
+        match error {
+            GgufError::Write(error) => error,
+            other => Self::other(other),
+        }
+    }
+}

@@ -150,15 +150,9 @@ impl GgufAdapter {
 
     /// Writes the file, whole or not at all. Returns its size in bytes.
     pub fn write(&self, path: &Path) -> Result<u64, GgufAdapterError> {
-        let io = |source| GgufAdapterError::Write {
+        let format = |error: GgufError| GgufAdapterError::Write {
             path: path.to_path_buf(),
-            source,
-        };
-        let format = |error: GgufError| {
-            io(match error {
-                GgufError::Write(error) => error,
-                other => std::io::Error::other(other),
-            })
+            source: error.into(),
         };
         let mut writer = FilesWriter::create(path, &self.header, None).map_err(format)?;
         for (plan, bytes) in self.header.tensors.iter().zip(&self.tensors) {

@@ -126,21 +126,6 @@ pub(super) fn tensors<'t>(
     Ok(all)
 }
 
-/// Refuses what none of the architectures have.
-pub(super) fn check(config: &Config<'_>) -> Result<(), ArchError> {
-    if let Some(quantised) = config.get("quantization_config") {
-        let method = quantised
-            .get("quant_method")
-            .and_then(Json::as_str)
-            .unwrap_or("an unnamed method");
-        return Err(config.error(
-            "quantization_config",
-            format!("says that the weights are quantised by {method}, which is not read\nhint: convert the original checkpoint instead"),
-        ));
-    }
-    Ok(())
-}
-
 /// Refuses another activation than those named.
 pub(super) fn check_activation(config: &Config<'_>, key: &str, known: &[&str]) -> Result<(), ArchError> {
     match config.get(key).and_then(Json::as_str) {

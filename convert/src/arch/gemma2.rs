@@ -77,7 +77,6 @@ fn tensors(config: &Map<String, Json>) -> Result<Vec<TensorRule>, ArchError> {
 
 /// What neither Gemma 2 nor Gemma 3 may have.
 pub(super) fn check_gemma(config: &Config<'_>) -> Result<(), ArchError> {
-    decoder::check(config)?;
     for key in ["hidden_activation", "hidden_act"] {
         decoder::check_activation(config, key, &["gelu_pytorch_tanh", "gelu"])?;
     }

@@ -41,7 +41,6 @@ fn rope(config: &Config<'_>) -> Result<Rope, ArchError> {
 fn tensors(config: &Map<String, Json>) -> Result<Vec<TensorRule>, ArchError> {
     let config = &Config(config);
     let sizes = Sizes::new(config)?;
-    decoder::check(config)?;
     decoder::check_silu(config)?;
     sizes.check_heads(config)?;
     rope(config)?;

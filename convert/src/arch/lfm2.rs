@@ -126,7 +126,6 @@ fn attends(config: &Config<'_>, sizes: &Sizes) -> Result<Vec<bool>, ArchError> {
 fn tensors(config: &Map<String, Json>) -> Result<Vec<TensorRule>, ArchError> {
     let config = &Config(config);
     let sizes = sizes(config)?;
-    decoder::check(config)?;
     decoder::check_off(config, &["conv_bias"])?;
     sizes.check_heads(config)?;
     rope(config)?;

@@ -55,7 +55,6 @@ fn rope(config: &Config<'_>) -> Result<Rope, ArchError> {
 
 fn tensors(config: &Map<String, Json>) -> Result<Vec<TensorRule>, ArchError> {
     let config = &Config(config);
-    decoder::check(config)?;
     decoder::check_silu(config)?;
     decoder::warn_of_window(config)?;
     rope(config)?;

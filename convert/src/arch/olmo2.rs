@@ -50,7 +50,6 @@ fn rope(config: &Config<'_>) -> Result<Rope, ArchError> {
 fn tensors(config: &Map<String, Json>) -> Result<Vec<TensorRule>, ArchError> {
     let config = &Config(config);
     let sizes = Sizes::new(config)?;
-    decoder::check(config)?;
     decoder::check_silu(config)?;
     decoder::check_off(config, &["attention_bias"])?;
     sizes.check_heads(config)?;

@@ -88,7 +88,6 @@ fn attention_factor(longrope: &LongRope, context: f64, original: f64) -> f64 {
 fn tensors(config: &Map<String, Json>) -> Result<Vec<TensorRule>, ArchError> {
     let config = &Config(config);
     let sizes = Sizes::new(config)?;
-    decoder::check(config)?;
     decoder::check_silu(config)?;
     sizes.check_heads(config)?;
     decoder::warn_of_window(config)?;

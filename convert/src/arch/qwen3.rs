@@ -55,7 +55,6 @@ fn rope(config: &Config<'_>) -> Result<Rope, ArchError> {
 
 fn tensors(config: &Map<String, Json>) -> Result<Vec<TensorRule>, ArchError> {
     let config = &Config(config);
-    decoder::check(config)?;
     decoder::check_silu(config)?;
     decoder::check_off(config, &["attention_bias"])?;
     if config.flag("use_sliding_window")? {

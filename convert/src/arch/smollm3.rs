@@ -42,7 +42,6 @@ fn rope(config: &Config<'_>) -> Result<Rope, ArchError> {
 fn tensors(config: &Map<String, Json>) -> Result<Vec<TensorRule>, ArchError> {
     let config = &Config(config);
     let sizes = Sizes::new(config)?;
-    decoder::check(config)?;
     decoder::check_silu(config)?;
     decoder::check_off(config, &["attention_bias", "mlp_bias"])?;
     if config.flag("use_sliding_window")? {

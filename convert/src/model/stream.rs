@@ -51,9 +51,6 @@ impl Plan<'_> {
 fn unwritten(path: &Path, error: GgufError) -> ModelError {
     ModelError::Write {
         path: path.to_path_buf(),
-        source: match error {
-            GgufError::Write(error) => error,
-            other => std::io::Error::other(other),
-        },
+        source: error.into(),
     }
 }
