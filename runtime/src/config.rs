@@ -3,6 +3,7 @@
 //! In: text of the file, flags. Out: a checked [`Config`] in which every value is set. An unknown key is refused
 //! with the nearest name that is known. Secrets are never values here, only files.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -105,12 +106,26 @@ impl Default for BrokerSection {
 pub struct ModelSection {
     /// The GGUF file.
     pub path: Option<PathBuf>,
-    /// Context in tokens; cut to what the model was trained for.
+    /// Context in tokens, shared by all requests under way and by the beginnings that are kept for later ones. One
+    /// request gets at most what the model was trained for.
     pub n_ctx: u32,
+    /// Requests under way at a time.
+    pub slots: u32,
     /// Threads; 0 is one for each physical core.
     pub threads: u32,
-    /// Tokens of prefill between two looks for a cancel.
+    /// Type of the keys in the KV cache: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0 or iq4_nl.
+    pub cache_type_k: String,
+    /// Type of the values in the KV cache.
+    pub cache_type_v: String,
+    /// Most tokens of prefill in one step.
     pub prefill_chunk: u32,
+    /// Milliseconds that one step of prefill should take at most: between two steps a cancel is heard, and other
+    /// requests get their next token.
+    pub prefill_ms: u32,
+    /// Bytes of memory that the model may take; 0 is what is available when it is loaded.
+    pub memory_bytes: u64,
+    /// Seconds without a request after which the model is unloaded, until the next request; 0 is never.
+    pub idle_unload_s: u64,
     /// Seconds without a sign of life after which the worker is ended and started anew.
     pub hang_s: u64,
 }
@@ -120,9 +135,37 @@ impl Default for ModelSection {
         Self {
             path: None,
             n_ctx: 2048,
+            slots: 8,
             threads: 0,
-            prefill_chunk: 128,
+            cache_type_k: "f16".to_owned(),
+            cache_type_v: "f16".to_owned(),
+            prefill_chunk: 512,
+            prefill_ms: 250,
+            memory_bytes: 0,
+            idle_unload_s: 0,
             hang_s: 120,
+        }
+    }
+}
+
+/// `[prefix]`: beginnings of prompts, kept as KV so that the next request which begins so need not compute them.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct PrefixSection {
+    /// Beginnings kept in the context at a time.
+    pub entries: u32,
+    /// Shortest one that is written to the disk, in tokens.
+    pub disk_tokens: u32,
+    /// Bytes of them on the disk, where they live through a restart; 0 is none.
+    pub disk_bytes: u64,
+}
+
+impl Default for PrefixSection {
+    fn default() -> Self {
+        Self {
+            entries: 16,
+            disk_tokens: 128,
+            disk_bytes: 128 * 1024 * 1024,
         }
     }
 }
@@ -139,6 +182,14 @@ pub struct SamplingSection {
     pub top_k: i32,
     /// 0 keeps all.
     pub min_p: f32,
+    /// Divides the logits of tokens seen before; 1 is off.
+    pub repeat_penalty: f32,
+    /// Subtracted once for each time that a token was seen; 0 is off.
+    pub frequency_penalty: f32,
+    /// Subtracted from tokens seen at all; 0 is off.
+    pub presence_penalty: f32,
+    /// How many of the last tokens count as seen; 0 is none, -1 all.
+    pub repeat_last_n: i32,
 }
 
 impl Default for SamplingSection {
@@ -148,6 +199,10 @@ impl Default for SamplingSection {
             top_p: 0.95,
             top_k: 40,
             min_p: 0.05,
+            repeat_penalty: 1.0,
+            frequency_penalty: 0.0,
+            presence_penalty: 0.0,
+            repeat_last_n: 64,
         }
     }
 }
@@ -217,6 +272,10 @@ pub struct Config {
     pub broker: BrokerSection,
     /// The model.
     pub model: ModelSection,
+    /// LoRA adapters (GGUF files) by the name that a request calls them.
+    pub adapters: BTreeMap<String, PathBuf>,
+    /// Beginnings of prompts.
+    pub prefix: PrefixSection,
     /// Defaults of requests.
     pub sampling: SamplingSection,
     /// Where answers may go.
@@ -238,6 +297,8 @@ impl Default for Config {
             grace_s: 5,
             broker: BrokerSection::default(),
             model: ModelSection::default(),
+            adapters: BTreeMap::new(),
+            prefix: PrefixSection::default(),
             sampling: SamplingSection::default(),
             reply: ReplySection::default(),
             limits: Limits::default(),
@@ -323,8 +384,8 @@ impl Config {
                 "max_tokens, queue and request_bytes must be at least 1",
             ));
         }
-        if self.model.n_ctx < 16 || self.model.hang_s < 10 {
-            return Err(value("model", "n_ctx must be at least 16, hang_s at least 10"));
+        if self.model.n_ctx < 16 || self.model.hang_s < 10 || self.model.slots == 0 {
+            return Err(value("model", "n_ctx must be at least 16, hang_s at least 10, slots at least 1"));
         }
         Address::parse(&self.broker.url).map(drop)
     }
@@ -379,6 +440,7 @@ fn unknown_key(table: &toml::Table) -> Option<(String, String)> {
     for (key, entry) in table {
         let section = |name: &str| known.iter().any(|known| known.starts_with(&format!("{name}.")));
         match entry {
+            toml::Value::Table(_) if key == "adapters" => {}
             toml::Value::Table(inner) if section(key) => {
                 for field in inner.keys() {
                     let full = format!("{key}.{field}");
@@ -409,6 +471,7 @@ fn known_keys() -> Vec<String> {
         "broker.ca",
         "model.path",
         "state_dir",
+        "adapters",
     ]
     .map(ToOwned::to_owned)
     .to_vec();

@@ -215,6 +215,8 @@ mod tests {
             sampling: Sampling::default(),
             max_tokens: 5,
             stop: Vec::new(),
+            schema: None,
+            adapter: None,
             stream,
             deadline_ms: None,
             priority: 0,

@@ -26,6 +26,8 @@ pub struct Limits {
     pub stop_strings: usize,
     /// Bytes of each stop string.
     pub stop_bytes: usize,
+    /// Bytes of a JSON schema.
+    pub schema_bytes: usize,
     /// Largest `max_tokens`, and its default; more is cut to this.
     pub max_tokens: u32,
     /// Requests that wait.
@@ -40,6 +42,7 @@ impl Default for Limits {
             messages: 128,
             stop_strings: 8,
             stop_bytes: 64,
+            schema_bytes: 16 * 1024,
             max_tokens: 512,
             queue: 1024,
         }
@@ -78,6 +81,18 @@ pub struct Sampling {
     pub top_k: Option<i32>,
     /// Least share of the best token's probability, 0 to 1.
     pub min_p: Option<f32>,
+    /// Divides the logits of tokens seen before; 1 is off. llama.cpp's `repeat_penalty`.
+    #[serde(default)]
+    pub repeat_penalty: Option<f32>,
+    /// Subtracted once for each time that a token was seen; 0 is off.
+    #[serde(default)]
+    pub frequency_penalty: Option<f32>,
+    /// Subtracted from tokens seen at all; 0 is off.
+    #[serde(default)]
+    pub presence_penalty: Option<f32>,
+    /// How many of the last tokens count as seen; 0 is none, -1 all. llama.cpp's `repeat_last_n`.
+    #[serde(default)]
+    pub repeat_last_n: Option<i32>,
     /// The same seed gives the same answer. Set at acceptance when the client gave none, so that a second run
     /// after a crash says the same.
     pub seed: u32,
@@ -112,6 +127,12 @@ pub struct Request {
     pub max_tokens: u32,
     /// Strings that end the answer.
     pub stop: Vec<String>,
+    /// JSON schema that the answer obeys; `{"type": "object"}` for any JSON object.
+    #[serde(default)]
+    pub schema: Option<Value>,
+    /// Name of a LoRA adapter of this device.
+    #[serde(default)]
+    pub adapter: Option<String>,
     /// Send chunks before the final answer.
     pub stream: bool,
     /// Milliseconds after receipt by which the work must have begun.
@@ -235,6 +256,8 @@ impl Draft {
                 sampling: Sampling::default(),
                 max_tokens: 0,
                 stop: Vec::new(),
+                schema: None,
+                adapter: None,
                 stream: false,
                 deadline_ms: envelope.expiry_s.map(|seconds| u64::from(seconds) * 1000),
                 priority: 0,
