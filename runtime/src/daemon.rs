@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use crate::config::{Address, Config, ConfigError};
 use crate::engine;
+use crate::engine::prefix::disk::Place;
 use crate::health::{self, State, Systemd};
 use crate::journal::table::Table;
 use crate::journal::writer::Writer;
@@ -94,12 +95,7 @@ pub async fn serve(
     let (writer, mut commits) = Writer::start(journal)?;
     let (worker, mut worker_events) = Worker::start(worker::Options {
         program: std::env::current_exe()?,
-        settings: engine::Settings {
-            model: std::path::absolute(&model)?,
-            n_ctx: config.model.n_ctx,
-            threads: config.model.threads,
-            prefill_chunk: config.model.prefill_chunk,
-        },
+        settings: engine_settings(&config, &model, &state)?,
         hang: Duration::from_secs(config.model.hang_s),
         verbose,
     });
@@ -175,6 +171,34 @@ pub async fn serve(
     }
     tracing::info!("stopped");
     Ok(())
+}
+
+/// What the worker is told.
+fn engine_settings(
+    config: &Config,
+    model: &std::path::Path,
+    state: &std::path::Path,
+) -> std::io::Result<engine::Settings> {
+    let adapters = config.adapters.iter();
+    let adapters = adapters.map(|(name, path)| Ok((name.clone(), std::path::absolute(path)?)));
+    let disk = Place {
+        folder: std::path::absolute(state.join("prefix"))?,
+        bytes: config.prefix.disk_bytes,
+        tokens: config.prefix.disk_tokens,
+    };
+    Ok(engine::Settings {
+        model: std::path::absolute(model)?,
+        n_ctx: config.model.n_ctx,
+        slots: config.model.slots,
+        threads: config.model.threads,
+        cache_type_k: config.model.cache_type_k.clone(),
+        cache_type_v: config.model.cache_type_v.clone(),
+        prefill_chunk: config.model.prefill_chunk,
+        prefill_ms: config.model.prefill_ms,
+        adapters: adapters.collect::<std::io::Result<_>>()?,
+        prefix_entries: config.prefix.entries,
+        prefix_disk: (config.prefix.disk_bytes > 0).then_some(disk),
+    })
 }
 
 /// How the daemon greets the broker.

@@ -1,27 +1,35 @@
 //! The engine: what runs inside the worker process.
 //!
 //! In: [`ToWorker`] frames, one JSON object a line, on standard input. Out: [`FromWorker`] frames on standard
-//! output. Every frame about a request carries its job number, so that several can be under way. The worker
+//! output. Every frame about a request carries its job number, because several are under way at a time. The worker
 //! ends when its input ends. A failed assertion inside ggml aborts a process and an out-of-memory kill ends
 //! one: that is why this is a process of its own (docs/decisions/0002).
+//!
+//! Inside, data flows from [`prompt`] (messages become tokens) through the [`scheduler`] (every step of the model
+//! serves all requests under way, out of one [`pool`] of context) to [`sampler`], [`constraint`] and [`output`].
 
-use std::collections::VecDeque;
-use std::io::{BufRead as _, Write as _};
+use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
-use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use crate::wire::{ErrorCode, Message};
 
+pub mod constraint;
 pub mod llama;
 pub mod output;
+pub mod pace;
+pub mod pool;
+pub mod prefix;
 pub mod prompt;
 pub mod sampler;
+pub mod scheduler;
+pub mod slot;
+mod work;
 
-/// A sign of life at least this often, so that a hang is noticed.
-const HEARTBEAT: Duration = Duration::from_secs(5);
+pub use work::run;
+
 /// Longest line that is read; the daemon's own limits are far below.
 pub const MOST_FRAME_BYTES: usize = 16 * 1024 * 1024;
 
@@ -30,12 +38,26 @@ pub const MOST_FRAME_BYTES: usize = 16 * 1024 * 1024;
 pub struct Settings {
     /// The GGUF file.
     pub model: PathBuf,
-    /// Context in tokens; cut to what the model was trained for.
+    /// Context in tokens, shared by all requests; one request gets at most what the model was trained for.
     pub n_ctx: u32,
+    /// Requests under way at a time.
+    pub slots: u32,
     /// Threads; 0 is one for each physical core.
     pub threads: u32,
-    /// Tokens of prefill between two looks at the input, where a cancel is heard.
+    /// Type of the keys in the KV cache, as llama.cpp spells it.
+    pub cache_type_k: String,
+    /// Type of the values in the KV cache.
+    pub cache_type_v: String,
+    /// Most tokens of prefill in one step.
     pub prefill_chunk: u32,
+    /// Milliseconds that a step of prefill should take at most.
+    pub prefill_ms: u32,
+    /// LoRA adapters by name.
+    pub adapters: BTreeMap<String, PathBuf>,
+    /// Beginnings of prompts that are kept in the context.
+    pub prefix_entries: u32,
+    /// Where they live through a restart.
+    pub prefix_disk: Option<prefix::disk::Place>,
 }
 
 /// One request, ready to run.
@@ -49,6 +71,12 @@ pub struct Job {
     pub stop: Vec<String>,
     /// How to choose tokens.
     pub sampling: sampler::Settings,
+    /// JSON schema of the answer.
+    pub schema: Option<Value>,
+    /// LoRA adapter.
+    pub adapter: Option<String>,
+    /// Whether the text is wanted piece by piece.
+    pub stream: bool,
 }
 
 /// From the daemon.
@@ -57,6 +85,11 @@ pub struct Job {
 pub enum ToWorker {
     /// Load the model.
     Load(Settings),
+    /// The model file's SHA-256, in hexadecimal digits: what is kept on the disk belongs to it.
+    Identity {
+        /// The digits.
+        sha256: String,
+    },
     /// Answer a request.
     Run {
         /// Its number.
@@ -91,6 +124,10 @@ pub struct ModelInfo {
     pub context_trained: u32,
     /// Whether the file holds a chat template; without one the messages are joined as they are.
     pub chat_template: bool,
+    /// Requests under way at a time.
+    pub slots: u32,
+    /// Names of the LoRA adapters that were loaded.
+    pub adapters: Vec<String>,
     /// Threads in use.
     pub threads: u32,
     /// Milliseconds that loading took.
@@ -106,6 +143,8 @@ pub struct Finished {
     pub finish_reason: String,
     /// Tokens of the prompt.
     pub prompt_tokens: u32,
+    /// Those of them that were computed before, for another request.
+    pub cached_tokens: u32,
     /// Tokens generated.
     pub completion_tokens: u32,
     /// Milliseconds of prefill.
@@ -167,6 +206,12 @@ pub enum JobError {
     /// The chat template refused the conversation.
     #[error("the model's chat template refused the messages: {0}")]
     Template(String),
+    /// The schema cannot be obeyed.
+    #[error("`response_format`: {0}")]
+    Schema(String),
+    /// The adapter was not loaded.
+    #[error("the adapter `{0}` could not be loaded; hint: the device's log says why")]
+    Adapter(String),
     /// The client does not want it any more.
     #[error("cancelled")]
     Cancelled,
@@ -176,147 +221,14 @@ pub enum JobError {
 }
 
 impl JobError {
-    fn code(&self) -> ErrorCode {
+    /// What the client is told.
+    pub fn code(&self) -> ErrorCode {
         match self {
             Self::TooLarge { .. } => ErrorCode::TooLarge,
-            Self::Template(_) => ErrorCode::InvalidRequest,
+            Self::Template(_) | Self::Schema(_) => ErrorCode::InvalidRequest,
+            Self::Adapter(_) => ErrorCode::ModelUnavailable,
             Self::Cancelled => ErrorCode::Cancelled,
             Self::Llama(_) => ErrorCode::Internal,
         }
     }
-}
-
-/// The worker's main function: loads, answers, ends with its input.
-///
-/// # Errors
-/// A model that cannot be loaded, after it was reported.
-pub fn run() -> anyhow::Result<()> {
-    // Should the daemon die without closing the pipe (it holds the only write end, so it cannot), this ends us too.
-    rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))?;
-    let inbox = read_frames()?;
-    let settings = match inbox.recv() {
-        Ok(ToWorker::Load(settings)) => settings,
-        Ok(_) => anyhow::bail!("the first frame must be `load`"),
-        Err(_) => return Ok(()),
-    };
-    let mut engine = match llama::Llama::load(&settings) {
-        Ok(engine) => engine,
-        Err(error) => {
-            send(&FromWorker::Unloadable {
-                message: error.to_string(),
-            })?;
-            return Err(error.into());
-        }
-    };
-    send(&FromWorker::Ready(engine.info().clone()))?;
-    let mut waiting: VecDeque<(u64, Job)> = VecDeque::new();
-    loop {
-        while let Some((job, request)) = waiting.pop_front() {
-            answer(&mut engine, job, &request, &inbox, &mut waiting)?;
-        }
-        match inbox.recv_timeout(HEARTBEAT) {
-            Ok(frame) => {
-                sort(frame, None, &mut waiting)?;
-            }
-            Err(RecvTimeoutError::Timeout) => send(&FromWorker::Heartbeat)?,
-            Err(RecvTimeoutError::Disconnected) => return Ok(()),
-        }
-    }
-}
-
-/// Puts a frame where it belongs; true when it cancels `running`.
-fn sort(frame: ToWorker, running: Option<u64>, waiting: &mut VecDeque<(u64, Job)>) -> std::io::Result<bool> {
-    match frame {
-        ToWorker::Run { job, request } => waiting.push_back((job, *request)),
-        ToWorker::Cancel { job } if running == Some(job) => return Ok(true),
-        ToWorker::Cancel { job } => {
-            if let Some(at) = waiting.iter().position(|(number, _)| *number == job) {
-                waiting.remove(at);
-                let error = JobError::Cancelled;
-                send(&FromWorker::Failed {
-                    job,
-                    code: error.code(),
-                    message: error.to_string(),
-                })?;
-            }
-        }
-        ToWorker::Load(_) => tracing::warn!("a second `load` is ignored: a model is changed by a new worker"),
-    }
-    Ok(false)
-}
-
-fn answer(
-    engine: &mut llama::Llama,
-    job: u64,
-    request: &Job,
-    inbox: &Receiver<ToWorker>,
-    waiting: &mut VecDeque<(u64, Job)>,
-) -> std::io::Result<()> {
-    let mut broken = None;
-    let result = engine.answer(request, &mut |text| {
-        let step = (|| {
-            if text.is_empty() {
-                send(&FromWorker::Heartbeat)?;
-            } else {
-                send(&FromWorker::Delta {
-                    job,
-                    text: text.to_owned(),
-                })?;
-            }
-            let mut cancelled = false;
-            while let Ok(frame) = inbox.try_recv() {
-                cancelled |= sort(frame, Some(job), waiting)?;
-            }
-            Ok(cancelled)
-        })();
-        match step {
-            Ok(cancelled) => !cancelled,
-            Err(error) => {
-                broken = Some(error);
-                false
-            }
-        }
-    });
-    if let Some(error) = broken {
-        return Err(error);
-    }
-    send(&match result {
-        Ok(finished) => FromWorker::Done { job, finished },
-        Err(error) => FromWorker::Failed {
-            job,
-            code: error.code(),
-            message: error.to_string(),
-        },
-    })
-}
-
-/// Writes one frame.
-fn send(frame: &FromWorker) -> std::io::Result<()> {
-    let mut line = serde_json::to_vec(frame)?;
-    line.push(b'\n');
-    let mut out = std::io::stdout().lock();
-    out.write_all(&line)?;
-    out.flush()
-}
-
-/// Reads frames on a thread of its own; the end of the input ends the process, also in the middle of a decode.
-fn read_frames() -> std::io::Result<Receiver<ToWorker>> {
-    let (frames, inbox) = channel();
-    std::thread::Builder::new()
-        .name("frames".to_owned())
-        .spawn(move || {
-            for line in std::io::stdin().lock().lines() {
-                let Ok(line) = line else { break };
-                match serde_json::from_str(&line) {
-                    Ok(frame) => {
-                        if frames.send(frame).is_err() {
-                            break;
-                        }
-                    }
-                    Err(error) => tracing::error!("a frame that is not understood: {error}"),
-                }
-            }
-            std::process::exit(0);
-        })?;
-    Ok(inbox)
 }

@@ -65,7 +65,8 @@ pub fn card(config: &Config, author: &Author) -> Vec<u8> {
             "context_trained": model.context_trained,
             "chat_template": model.chat_template,
         },
-        "adapters": [],
+        "adapters": model.adapters,
+        "slots": model.slots,
         "limits": config.limits,
         "reply_prefixes": config.reply.prefixes,
         "board": board,
@@ -87,6 +88,8 @@ pub struct Counters {
     pub duplicates: u64,
     /// Tokens of prompts.
     pub prompt_tokens: u64,
+    /// Those of them that were computed before, for another request.
+    pub cached_tokens: u64,
     /// Tokens generated.
     pub completion_tokens: u64,
     /// Workers that ended by themselves.
@@ -113,6 +116,7 @@ pub fn metrics(
         "errors": counters.errors,
         "duplicates": counters.duplicates,
         "prompt_tokens": counters.prompt_tokens,
+        "cached_tokens": counters.cached_tokens,
         "completion_tokens": counters.completion_tokens,
         "tokens_per_second": (counters.tokens_per_second * 100.0).round() / 100.0,
         "worker_ends": counters.worker_ends,

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use crate::engine::{Finished, ModelInfo};
 use crate::journal::StoredAnswer;
 use crate::mqtt::Outgoing;
-use crate::wire::answer::{AssistantMessage, Choice, ChunkChoice, Delta};
+use crate::wire::answer::{AssistantMessage, Choice, ChunkChoice, Delta, PromptTokens};
 use crate::wire::{Chunk, Completion, ErrorAnswer, ErrorCode, Reply, Request, Timings, Usage};
 
 /// Between two chunks of one answer.
@@ -62,11 +62,17 @@ pub fn completion(author: &Author, request: &Request, finished: &Finished, queue
             prompt_tokens: finished.prompt_tokens,
             completion_tokens: finished.completion_tokens,
             total_tokens: finished.prompt_tokens + finished.completion_tokens,
+            prompt_tokens_details: PromptTokens {
+                cached_tokens: finished.cached_tokens,
+            },
         },
         timings: Timings {
             queue_ms: round(queue_ms),
             prompt_ms: round(finished.prompt_ms),
-            prompt_per_second: round(per_second(finished.prompt_tokens, finished.prompt_ms)),
+            prompt_per_second: round(per_second(
+                finished.prompt_tokens - finished.cached_tokens,
+                finished.prompt_ms,
+            )),
             predicted_ms: round(finished.predicted_ms),
             predicted_per_second: round(per_second(finished.completion_tokens, finished.predicted_ms)),
         },
@@ -228,6 +234,7 @@ mod tests {
             text: " Hé. ".to_owned(),
             finish_reason: "stop".to_owned(),
             prompt_tokens: 10,
+            cached_tokens: 2,
             completion_tokens: 4,
             prompt_ms: 20.0,
             predicted_ms: 40.0,
@@ -269,12 +276,13 @@ mod tests {
             Usage {
                 prompt_tokens: 10,
                 completion_tokens: 4,
-                total_tokens: 14
+                total_tokens: 14,
+                prompt_tokens_details: PromptTokens { cached_tokens: 2 },
             }
         );
         assert_eq!(
             (read.timings.prompt_per_second, read.timings.predicted_per_second),
-            (500.0, 100.0)
+            (400.0, 100.0)
         );
         assert!(read.ai_generated && read.model_sha256 == "00" && read.device == "dev");
     }

@@ -39,6 +39,8 @@ pub enum Event {
     Started(u32),
     /// A frame.
     Frame(FromWorker),
+    /// It was told to unload the model, and has ended; another one follows when it is woken.
+    Asleep,
     /// It ended; another one follows. Whatever it was doing is undone.
     Ended {
         /// How.
@@ -46,30 +48,49 @@ pub enum Event {
     },
 }
 
+/// What the supervisor is told.
+#[derive(Debug)]
+enum Order {
+    Frame(ToWorker),
+    Sleep,
+    Wake,
+}
+
 /// The sending half. When it is dropped, the worker ends.
 #[derive(Debug)]
 pub struct Worker {
-    frames: mpsc::Sender<ToWorker>,
+    orders: mpsc::Sender<Order>,
     task: tokio::task::JoinHandle<()>,
 }
 
 impl Worker {
     /// Starts the supervisor's task, and that the worker.
     pub fn start(options: Options) -> (Self, mpsc::Receiver<Event>) {
-        let (frames, inbox) = mpsc::channel(64);
+        let (orders, inbox) = mpsc::channel(256);
         let (events, outbox) = mpsc::channel(64);
         let task = tokio::spawn(supervise(options, inbox, events));
-        (Self { frames, task }, outbox)
+        (Self { orders, task }, outbox)
     }
 
     /// Sends a frame; false when there is no room, or no worker.
     pub fn send(&self, frame: ToWorker) -> bool {
-        self.frames.try_send(frame).is_ok()
+        self.orders.try_send(Order::Frame(frame)).is_ok()
+    }
+
+    /// Ends the worker until [`Self::wake`]: the memory of the model is free until then.
+    pub fn sleep(&self) {
+        // With no room there are frames, so there is work: then it must not sleep.
+        let _ = self.orders.try_send(Order::Sleep);
+    }
+
+    /// Starts a worker again after [`Self::sleep`]; without one, this does nothing.
+    pub fn wake(&self) {
+        let _ = self.orders.try_send(Order::Wake);
     }
 
     /// Ends the worker and waits for it.
     pub async fn stop(self) {
-        drop(self.frames);
+        drop(self.orders);
         let _ = tokio::time::timeout(Duration::from_secs(5), self.task).await;
     }
 }
@@ -78,17 +99,33 @@ impl Worker {
 enum End {
     /// Nobody wants another.
     Closed,
+    /// Nobody wants another for now.
+    Asleep,
     /// By itself.
     Died { status: String, was_ready: bool },
     /// It could not load the model.
     Unloadable,
 }
 
-async fn supervise(options: Options, mut inbox: mpsc::Receiver<ToWorker>, events: mpsc::Sender<Event>) {
+async fn supervise(options: Options, mut inbox: mpsc::Receiver<Order>, events: mpsc::Sender<Event>) {
     let mut wait = FIRST_WAIT;
     loop {
         let (status, pause) = match run(&options, &mut inbox, &events).await {
             End::Closed => return,
+            End::Asleep => {
+                if events.send(Event::Asleep).await.is_err() {
+                    return;
+                }
+                loop {
+                    match inbox.recv().await {
+                        Some(Order::Wake) => break,
+                        // Frames for a worker that is gone; the daemon sends them again to the next.
+                        Some(_) => {}
+                        None => return,
+                    }
+                }
+                continue;
+            }
             End::Died { status, was_ready } => {
                 if was_ready {
                     wait = FIRST_WAIT;
@@ -108,13 +145,13 @@ async fn supervise(options: Options, mut inbox: mpsc::Receiver<ToWorker>, events
             tokio::select! {
                 () = &mut until => break,
                 // Frames for a worker that is gone; the daemon sends them again to the next.
-                frame = inbox.recv() => if frame.is_none() { return },
+                order = inbox.recv() => if order.is_none() { return },
             }
         }
     }
 }
 
-async fn run(options: &Options, inbox: &mut mpsc::Receiver<ToWorker>, events: &mpsc::Sender<Event>) -> End {
+async fn run(options: &Options, inbox: &mut mpsc::Receiver<Order>, events: &mpsc::Sender<Event>) -> End {
     let died = |status: String| End::Died {
         status,
         was_ready: false,
@@ -173,10 +210,16 @@ async fn run(options: &Options, inbox: &mut mpsc::Receiver<ToWorker>, events: &m
                 Ok(count) => written += count,
                 Err(_) => break,
             },
-            frame = inbox.recv(), if written == to_write.len() => match frame {
-                Some(frame) => {
+            order = inbox.recv(), if written == to_write.len() => match order {
+                Some(Order::Frame(frame)) => {
                     to_write = line(&frame);
                     written = 0;
+                }
+                Some(Order::Wake) => {}
+                Some(Order::Sleep) => {
+                    drop(input);
+                    end(&mut child).await;
+                    return End::Asleep;
                 }
                 None => {
                     drop(input);

@@ -28,8 +28,9 @@ use crate::worker::Worker;
 mod intake;
 mod work;
 
-/// Requests that the worker has at a time.
-const SLOTS: usize = 1;
+/// Requests that the worker has besides those under way, so that it goes on without a pause, and sees which of them
+/// begin alike.
+const AHEAD: usize = 2;
 /// Final answers that may wait for the broker's PUBACK at a time; the others wait in the table.
 const WINDOW: usize = 32;
 /// Refusals that may wait for a PUBACK; beyond it they go out at QoS 0, so that a flood of bad requests takes no memory.
@@ -42,6 +43,7 @@ const COMPACT_BYTES: u64 = 1024 * 1024;
 /// One that the worker has.
 struct Running {
     key: Key,
+    client: String,
     request: Box<Request>,
     since: Instant,
     began: Instant,
@@ -90,6 +92,10 @@ pub struct Service {
     journal_bytes: u64,
     worker_pid: Option<u32>,
     loaded: bool,
+    /// The model was unloaded because nobody asked.
+    asleep: bool,
+    /// When somebody last did.
+    active: Instant,
     hashed: bool,
     unloadable: Option<String>,
     connected: bool,
@@ -131,7 +137,7 @@ impl Service {
                 device: config.device.clone(),
                 ..Author::default()
             },
-            queue: Queue::new(config.limits.queue),
+            queue: Queue::default(),
             link,
             writer,
             worker,
@@ -148,6 +154,8 @@ impl Service {
             journal_bytes,
             worker_pid: None,
             loaded: false,
+            asleep: false,
+            active: Instant::now(),
             hashed: false,
             unloadable: None,
             connected: false,
@@ -176,6 +184,7 @@ impl Service {
                     });
                     let waiting = Waiting {
                         key: key.clone(),
+                        client: self.topics.client(&key.0, &self.config.reply.prefixes),
                         since: now,
                         deadline,
                     };
@@ -264,11 +273,13 @@ impl Service {
                     .deadline_ms
                     .map(|most| now + Duration::from_millis(most.min(u64::from(u32::MAX))));
                 let priority = request.priority;
+                let client = self.topics.client(&key.0, &self.config.reply.prefixes);
                 self.counters.accepted += 1;
                 acks.into_iter().for_each(|ack| self.ack(Some(ack)));
                 self.queue.push(
                     Waiting {
                         key,
+                        client,
                         since: now,
                         deadline,
                     },
@@ -373,6 +384,7 @@ impl Service {
     pub fn hashed(&mut self, sha256: String) {
         self.author.sha256 = sha256;
         self.hashed = true;
+        self.identify();
         if self.loaded {
             self.publish_card();
         }
@@ -392,6 +404,7 @@ impl Service {
         self.ack(None);
         self.publish_answers();
         self.dispatch();
+        self.sleep_when_idle();
         self.evict();
         if self.journal_bytes > COMPACT_BYTES && self.journal_bytes > 3 * self.table.bytes() as u64 {
             self.writer.compact(self.table.records());
@@ -433,6 +446,7 @@ impl Service {
             (State::Ready, true) => "ready",
             (State::Ready, false) => "ready, but no connection to the broker",
             (State::Degraded, _) => "no model can be loaded",
+            _ if self.asleep => "the model is unloaded until somebody asks",
             _ => "loading the model",
         }
     }
@@ -498,7 +512,9 @@ impl Service {
         if !self.connected || self.announced == Some(self.state) {
             return;
         }
-        let payload = health::status(&self.config.device, self.state, self.unloadable.as_deref());
+        let idle = self.asleep.then_some("the model is unloaded until somebody asks");
+        let reason = self.unloadable.as_deref().or(idle);
+        let payload = health::status(&self.config.device, self.state, reason);
         if self.retain(self.topics.status(), payload) {
             self.announced = Some(self.state);
         }

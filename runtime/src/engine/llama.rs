@@ -1,30 +1,30 @@
-//! llama.cpp: one thread owns model, context and batch, and answers one job at a time.
+//! llama.cpp: one thread owns model, context, adapters and batch.
 //!
-//! In: a [`Job`]. Out: text, piece by piece, and a [`Finished`]. Every size is checked before llama.cpp is called,
-//! because it aborts the process on what it does not expect (a batch of more than `n_batch` tokens, for one). There is no way to
-//! interrupt a call, so prefill goes in chunks and between two of them the caller is asked whether to go on.
+//! In: tokens with positions and sequences. Out: logits, and sequences that can be copied and dropped. Every size is
+//! checked before llama.cpp is called, because it aborts the process on what it does not expect (a batch of more than
+//! `n_batch` tokens, for one).
 
 use std::num::NonZeroU32;
 use std::path::Path;
 use std::time::Instant;
 
+use llama_cpp_2::DecodeError;
 use llama_cpp_2::context::LlamaContext;
-use llama_cpp_2::context::params::LlamaContextParams;
+use llama_cpp_2::context::params::{KvCacheType, LlamaContextParams};
 use llama_cpp_2::llama_backend::LlamaBackend;
 use llama_cpp_2::llama_batch::LlamaBatch;
-use llama_cpp_2::model::LlamaModel;
 use llama_cpp_2::model::params::LlamaModelParams;
+use llama_cpp_2::model::{LlamaLoraAdapter, LlamaModel};
 use llama_cpp_2::token::LlamaToken;
 
-use super::output::Output;
 use super::prompt::Prompt;
-use super::{Finished, Job, JobError, ModelInfo, Settings, sampler};
+use super::{ModelInfo, Settings};
 use crate::model;
 
 /// Largest batch, in tokens.
-const N_BATCH: u32 = 512;
-/// Smallest context worth having.
-const LEAST_CONTEXT: u32 = 256;
+pub const N_BATCH: u32 = 512;
+/// Most sequences that llama.cpp takes (LLAMA_MAX_SEQ).
+const MOST_SEQUENCES: u32 = 256;
 
 /// Why a model cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -40,6 +40,16 @@ pub enum LoadError {
     Refused {
         /// The file.
         path: String,
+    },
+    /// A type of the KV cache that is not known.
+    #[error(
+        "model.cache_type_{which}: `{name}` is no type of a KV cache; hint: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0 or iq4_nl"
+    )]
+    CacheType {
+        /// `k` or `v`
+        which: char,
+        /// What was asked for.
+        name: String,
     },
     /// No memory for the context, most often.
     #[error(
@@ -71,50 +81,72 @@ pub struct Llama {
     batch: LlamaBatch<'static>,
     prompt: Prompt,
     info: ModelInfo,
-    chunk: usize,
+    adapters: Vec<(String, LlamaLoraAdapter)>,
+    active: Option<usize>,
+    exact: bool,
 }
 
 impl Llama {
-    /// Loads the model and makes its context.
+    /// Loads the model and its adapters, and makes a context.
     ///
     /// # Errors
-    /// [`LoadError`]
+    /// [`LoadError`]. An adapter that cannot be loaded is no error: it is missing in [`ModelInfo::adapters`].
     pub fn load(settings: &Settings) -> Result<Self, LoadError> {
         let started = Instant::now();
         let header = model::inspect(&settings.model)?;
         let path = settings.model.display().to_string();
+        let type_k = cache_type('k', &settings.cache_type_k)?;
+        let type_v = cache_type('v', &settings.cache_type_v)?;
         let backend = LlamaBackend::init()?;
         let loaded = LlamaModel::load_from_file(&backend, &settings.model, &LlamaModelParams::default())
             .map_err(|_| LoadError::Refused { path: path.clone() })?;
         // One model in one process, for as long as it lives: a context then borrows for 'static.
-        let model: &'static LlamaModel = Box::leak(Box::new(loaded));
+        let model = Box::leak(Box::new(loaded));
+        let mut adapters = Vec::new();
+        for (name, file) in &settings.adapters {
+            // llama.cpp asserts that the file is there.
+            match file.is_file().then(|| model.lora_adapter_init(file)) {
+                Some(Ok(adapter)) => adapters.push((name.clone(), adapter)),
+                Some(Err(error)) => {
+                    tracing::error!(
+                        "adapter {name} ({}) does not fit this model: {error}",
+                        file.display()
+                    );
+                }
+                None => tracing::error!("adapter {name}: {} is no file", file.display()),
+            }
+        }
+        let model: &'static LlamaModel = model;
         let trained = model.n_ctx_train();
-        let n_ctx = settings
-            .n_ctx
-            .min(trained.max(1))
-            .max(LEAST_CONTEXT.min(trained.max(1)));
         let threads = if settings.threads == 0 {
             physical_cores()
         } else {
             settings.threads
         };
         let params = LlamaContextParams::default()
-            .with_n_ctx(NonZeroU32::new(n_ctx))
+            .with_n_ctx(NonZeroU32::new(settings.n_ctx))
             .with_n_batch(N_BATCH)
             .with_n_ubatch(N_BATCH)
+            .with_n_seq_max(sequences(settings))
+            .with_kv_unified(true)
+            .with_swa_full(false)
+            .with_type_k(type_k)
+            .with_type_v(type_v)
+            .with_no_perf(true)
             .with_n_threads(threads as i32)
             .with_n_threads_batch(threads as i32);
         let context = model
             .new_context(&backend, params)
             .map_err(|error| LoadError::Context {
                 path: path.clone(),
-                n_ctx,
+                n_ctx: settings.n_ctx,
                 reason: error.to_string(),
             })?;
         // Freed with the process.
         std::mem::forget(backend);
+        let window = format!("{}.attention.sliding_window", header.architecture);
+        let exact = model.is_recurrent() || model.is_hybrid() || model.meta_val_str(&window).is_ok();
         let prompt = Prompt::of(model).map_err(|reason| LoadError::Template { path, reason })?;
-        let chunk = settings.prefill_chunk.clamp(1, context.n_batch().min(N_BATCH)) as usize;
         let info = ModelInfo {
             name: header.name.unwrap_or_else(|| file_stem(&settings.model)),
             architecture: header.architecture,
@@ -124,16 +156,20 @@ impl Llama {
             context: context.n_ctx(),
             context_trained: trained,
             chat_template: prompt.has_template(),
+            slots: settings.slots,
+            adapters: adapters.iter().map(|(name, _)| name.clone()).collect(),
             threads,
             load_ms: started.elapsed().as_millis() as u64,
         };
         Ok(Self {
             model,
             context,
-            batch: LlamaBatch::new(chunk.max(1), 1),
+            batch: LlamaBatch::new(N_BATCH as usize, 1),
             prompt,
             info,
-            chunk,
+            adapters,
+            active: None,
+            exact,
         })
     }
 
@@ -142,116 +178,131 @@ impl Llama {
         &self.info
     }
 
-    /// Answers one job. `step` gets every new piece of text, and an empty one after every chunk of prefill; when
-    /// it returns false, the job is cancelled.
-    ///
-    /// # Errors
-    /// [`JobError`]
-    pub fn answer(&mut self, job: &Job, step: &mut dyn FnMut(&str) -> bool) -> Result<Finished, JobError> {
-        let started = Instant::now();
-        let prompt = self.prompt.tokens(self.model, &job.messages)?;
-        let context = self.context.n_ctx();
-        if prompt.is_empty() {
-            return Err(JobError::Template("it rendered nothing".to_owned()));
-        }
-        // The answer needs room for one token at least.
-        if prompt.len() + 1 > context as usize {
-            return Err(JobError::TooLarge {
-                tokens: prompt.len(),
-                context,
-            });
-        }
-        self.prefill(&prompt, step)?;
-        let prefilled = Instant::now();
-        let finished = self.decode(job, prompt.len() as i32, step)?;
-        Ok(Finished {
-            prompt_tokens: prompt.len() as u32,
-            prompt_ms: (prefilled - started).as_secs_f64() * 1000.0,
-            predicted_ms: prefilled.elapsed().as_secs_f64() * 1000.0,
-            ..finished
-        })
+    /// The model, for its vocabulary.
+    pub fn model(&self) -> &'static LlamaModel {
+        self.model
     }
 
-    fn prefill(&mut self, prompt: &[LlamaToken], step: &mut dyn FnMut(&str) -> bool) -> Result<(), JobError> {
-        // Removing a whole sequence cannot fail.
-        self.context
-            .clear_kv_cache_seq(None, None, None)
-            .map_err(|error| JobError::Llama(format!("the KV cache cannot be cleared: {error}")))?;
-        let last = prompt.len() - 1;
-        for (chunk, tokens) in prompt.chunks(self.chunk).enumerate() {
-            self.batch.clear();
-            for (at, &token) in tokens.iter().enumerate() {
-                let position = chunk * self.chunk + at;
-                self.add(token, position as i32, position == last)?;
-            }
-            self.run()?;
-            if !step("") {
-                return Err(JobError::Cancelled);
-            }
+    /// The context, for its logits.
+    pub fn context(&self) -> &LlamaContext<'static> {
+        &self.context
+    }
+
+    /// The context, for the state of its sequences.
+    pub fn context_mut(&mut self) -> &mut LlamaContext<'static> {
+        &mut self.context
+    }
+
+    /// Turns conversations into tokens.
+    pub fn prompt(&self) -> &Prompt {
+        &self.prompt
+    }
+
+    /// Most tokens of one sequence.
+    pub fn longest(&self) -> u32 {
+        self.info.context.min(self.info.context_trained.max(1))
+    }
+
+    /// From here on the model computes with this adapter, or with none.
+    ///
+    /// # Errors
+    /// llama.cpp's reason. An adapter that was not loaded counts as none: whoever accepts requests checks that.
+    pub fn adapt(&mut self, name: Option<&str>) -> Result<(), String> {
+        let wanted = name.and_then(|name| self.adapters.iter().position(|(known, _)| known == name));
+        if wanted == self.active {
+            return Ok(());
         }
+        match wanted {
+            Some(at) => self
+                .context
+                .lora_adapter_set(&mut self.adapters[at].1, 1.0)
+                .map_err(|error| error.to_string())?,
+            // Clears all of them, whichever is given.
+            None => self
+                .context
+                .lora_adapter_remove(&mut self.adapters[0].1)
+                .map_err(|error| error.to_string())?,
+        }
+        self.active = wanted;
         Ok(())
     }
 
-    fn decode(
-        &mut self,
-        job: &Job,
-        prompt_tokens: i32,
-        step: &mut dyn FnMut(&str) -> bool,
-    ) -> Result<Finished, JobError> {
-        let vocab = self.model.vocab();
-        let mut sampler = sampler::build(&job.sampling);
-        let mut output = Output::new(&job.stop);
-        let mut text = String::new();
-        let mut completion_tokens = 0_u32;
-        let room = self.context.n_ctx() as i32 - prompt_tokens;
-        let most = job.max_tokens.min(room.max(0) as u32);
-        let mut finish_reason = "length";
-        while completion_tokens < most {
-            let token = sampler.sample(&self.context, self.batch.n_tokens() - 1);
-            if vocab.is_eog(token) {
-                finish_reason = "stop";
-                break;
-            }
-            completion_tokens += 1;
-            let piece = output.push(&vocab.token_to_piece(token, false, None));
-            text.push_str(&piece);
-            if !step(&piece) {
-                return Err(JobError::Cancelled);
-            }
-            if output.stopped() {
-                finish_reason = "stop";
-                break;
-            }
-            if completion_tokens < most {
-                self.batch.clear();
-                self.add(token, prompt_tokens + completion_tokens as i32 - 1, true)?;
-                self.run()?;
-            }
-        }
-        let rest = output.finish();
-        if !rest.is_empty() {
-            text.push_str(&rest);
-            step(&rest);
-        }
-        Ok(Finished {
-            text,
-            finish_reason: finish_reason.to_owned(),
-            completion_tokens,
-            ..Finished::default()
-        })
+    /// Begins a new batch.
+    pub fn clear(&mut self) {
+        self.batch.clear();
     }
 
-    fn add(&mut self, token: LlamaToken, position: i32, logits: bool) -> Result<(), JobError> {
-        self.batch
-            .add(token, position, &[0], logits)
-            .map_err(|error| JobError::Llama(format!("the batch is full: {error}")))
+    /// Adds a token to the batch; returns its row, where its logits will be if they are wanted. `None` when the batch
+    /// is full.
+    pub fn add(&mut self, token: LlamaToken, position: usize, sequence: i32, logits: bool) -> Option<i32> {
+        let row = self.batch.n_tokens();
+        let position = i32::try_from(position).ok()?;
+        self.batch.add(token, position, &[sequence], logits).ok()?;
+        Some(row)
     }
 
-    fn run(&mut self) -> Result<(), JobError> {
-        self.context
-            .decode(&mut self.batch)
-            .map_err(|error| JobError::Llama(format!("llama.cpp cannot decode: {error}")))
+    /// Tokens in the batch.
+    pub fn batched(&self) -> usize {
+        self.batch.n_tokens().unsigned_abs() as usize
     }
+
+    /// Computes the batch.
+    ///
+    /// # Errors
+    /// llama.cpp's; `NoKvCacheSlot` leaves everything as it was.
+    pub fn decode(&mut self) -> Result<(), DecodeError> {
+        self.context.decode(&mut self.batch)
+    }
+
+    /// Whether the model looks back only so far (sliding windows), or keeps a state instead of cells: then only whole
+    /// sequences can be shared, once they are long.
+    pub fn is_exact(&self) -> bool {
+        self.exact
+    }
+
+    /// Whether a sequence of `whole` tokens holds what another needs that shares its first `count`.
+    pub fn reaches_back(&self, sequence: i32, whole: usize, count: usize) -> bool {
+        count == whole || self.context.kv_cache_seq_pos_min(sequence) == 0
+    }
+
+    /// Lets the empty sequence `to` begin with the first `count` tokens of `from`.
+    pub fn copy(&mut self, from: i32, to: i32, count: usize) {
+        let end = u32::try_from(count).ok();
+        // Positions beyond i32 do not occur in a context.
+        let _ = self.context.copy_kv_cache_seq(from, to, None, end);
+    }
+
+    /// Forgets a sequence. Whole ones can always be forgotten.
+    pub fn forget(&mut self, sequence: i32) {
+        let _ = self
+            .context
+            .clear_kv_cache_seq(Some(sequence.unsigned_abs()), None, None);
+    }
+}
+
+/// Sequences of a context: one for each slot, one for each kept beginning, one to write them to the disk.
+pub fn sequences(settings: &Settings) -> u32 {
+    (settings.slots + settings.prefix_entries + 1).min(MOST_SEQUENCES)
+}
+
+fn cache_type(which: char, name: &str) -> Result<KvCacheType, LoadError> {
+    Ok(match name {
+        "f32" => KvCacheType::F32,
+        "f16" => KvCacheType::F16,
+        "bf16" => KvCacheType::BF16,
+        "q8_0" => KvCacheType::Q8_0,
+        "q5_1" => KvCacheType::Q5_1,
+        "q5_0" => KvCacheType::Q5_0,
+        "q4_1" => KvCacheType::Q4_1,
+        "q4_0" => KvCacheType::Q4_0,
+        "iq4_nl" => KvCacheType::IQ4_NL,
+        _ => {
+            return Err(LoadError::CacheType {
+                which,
+                name: name.to_owned(),
+            });
+        }
+    })
 }
 
 fn file_stem(path: &Path) -> String {

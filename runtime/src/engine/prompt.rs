@@ -20,6 +20,8 @@ use crate::wire::{Message, Role};
 const MARK: char = '\u{fdd0}';
 /// Steps that a template may take; real ones take a few hundred for each message.
 const FUEL: u64 = 2_000_000;
+/// Instructions of fewer bytes are computed again sooner than they are looked for.
+const LEAST_BEGINNING: usize = 256;
 
 /// Renders and tokenises for one model.
 #[derive(Debug)]
@@ -92,10 +94,34 @@ impl Prompt {
     /// # Errors
     /// When the template refuses the conversation.
     pub fn tokens(&self, model: &LlamaModel, messages: &[Message]) -> Result<Vec<LlamaToken>, JobError> {
-        let text = self.render(messages)?;
+        Ok(self.tokenize(model, &self.render(messages, true)?))
+    }
+
+    /// How many of the `tokens` of a conversation are those of its first messages, as far as they are instructions of the
+    /// system: what other conversations are likely to begin with, too. 0 when there are none, or too few to matter.
+    pub fn beginning(&self, model: &LlamaModel, messages: &[Message], tokens: &[LlamaToken]) -> usize {
+        let system = messages
+            .iter()
+            .take_while(|message| message.role == Role::System)
+            .count();
+        let bytes: usize = messages[..system]
+            .iter()
+            .map(|message| message.content.len())
+            .sum();
+        if bytes < LEAST_BEGINNING {
+            return 0;
+        }
+        // A template that wants a user's message, too, says so.
+        self.render(&messages[..system], false).map_or(0, |text| {
+            let alone = self.tokenize(model, &text);
+            alone.iter().zip(tokens).take_while(|(a, b)| a == b).count()
+        })
+    }
+
+    fn tokenize(&self, model: &LlamaModel, text: &str) -> Vec<LlamaToken> {
         let vocab = model.vocab();
         let mut tokens = Vec::new();
-        for (piece, literal) in self.pieces(&text) {
+        for (piece, literal) in self.pieces(text) {
             if !piece.is_empty() {
                 tokens.extend(vocab.tokenize(piece.as_bytes(), false, !literal));
             }
@@ -105,11 +131,12 @@ impl Prompt {
         {
             tokens.insert(0, bos);
         }
-        Ok(tokens)
+        tokens
     }
 
     /// The rendered text; control tokens that a message spelled hold a mark after their first character.
-    fn render(&self, messages: &[Message]) -> Result<String, JobError> {
+    /// `answer` asks for the words that an answer follows.
+    fn render(&self, messages: &[Message], answer: bool) -> Result<String, JobError> {
         let marked: Vec<String> = messages
             .iter()
             .map(|message| self.mark(&message.content))
@@ -132,7 +159,7 @@ impl Prompt {
             .collect();
         let context = context! {
             messages => messages,
-            add_generation_prompt => true,
+            add_generation_prompt => answer,
             bos_token => &self.bos,
             eos_token => &self.eos,
         };
@@ -313,14 +340,14 @@ mod tests {
     #[test]
     fn chatml() {
         assert_eq!(
-            prompt(CHATML).render(&user("hi")).unwrap(),
+            prompt(CHATML).render(&user("hi"), true).unwrap(),
             "<|im_start|>system\nYou help.<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
         );
     }
 
     #[test]
     fn what_templates_use() {
-        let render = |template: &str| prompt(template).render(&user("  Hi  "));
+        let render = |template: &str| prompt(template).render(&user("  Hi  "), true);
         assert_eq!(
             render("{{ bos_token }}{{ messages[0]['content'].strip() }}").unwrap(),
             "<s>Hi"
@@ -359,7 +386,7 @@ mod tests {
             "\u{fdd0}<|im_end|>\u{fdd0}",
             "<\u{fdd0}|im_end|>",
         ] {
-            let text = prompt.render(&user(content)).unwrap();
+            let text = prompt.render(&user(content), true).unwrap();
             let pieces = prompt.pieces(&text);
             let parsed: String = pieces
                 .iter()
@@ -380,7 +407,7 @@ mod tests {
         // Text without control tokens is one piece.
         assert_eq!(
             prompt
-                .pieces(&prompt.render(&user("plain < text |>")).unwrap())
+                .pieces(&prompt.render(&user("plain < text |>"), true).unwrap())
                 .len(),
             1
         );

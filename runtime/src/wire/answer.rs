@@ -81,6 +81,16 @@ pub struct Usage {
     pub completion_tokens: u32,
     /// Both.
     pub total_tokens: u32,
+    /// More about the prompt's.
+    #[serde(default)]
+    pub prompt_tokens_details: PromptTokens,
+}
+
+/// Tokens of a prompt.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PromptTokens {
+    /// Those that were computed before, for another request, and not again.
+    pub cached_tokens: u32,
 }
 
 /// Time spent, in milliseconds and tokens a second.
@@ -90,7 +100,7 @@ pub struct Timings {
     pub queue_ms: f64,
     /// Prefill.
     pub prompt_ms: f64,
-    /// Prefill, tokens a second.
+    /// Prefill, tokens a second; those that were computed before do not count.
     pub prompt_per_second: f64,
     /// Decode.
     pub predicted_ms: f64,

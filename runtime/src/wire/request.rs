@@ -32,6 +32,8 @@ pub struct Limits {
     pub max_tokens: u32,
     /// Requests that wait.
     pub queue: usize,
+    /// Requests of one client that wait.
+    pub client_queue: usize,
 }
 
 impl Default for Limits {
@@ -45,6 +47,7 @@ impl Default for Limits {
             schema_bytes: 16 * 1024,
             max_tokens: 512,
             queue: 1024,
+            client_queue: 256,
         }
     }
 }

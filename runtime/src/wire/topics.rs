@@ -62,6 +62,26 @@ impl Topics {
         format!("{}/res/{id}", self.base)
     }
 
+    /// Who asks, as far as fairness between clients goes: MQTT does not say who published a message, so it is the reply
+    /// topic, up to the first level below the allowed prefix (`reply/kitchen/17` is `reply/kitchen`). All who name no
+    /// reply topic are one.
+    pub fn client(&self, reply_topic: &str, prefixes: &[String]) -> String {
+        if under(reply_topic, &self.base) {
+            return self.base.clone();
+        }
+        let prefix = prefixes
+            .iter()
+            .filter(|prefix| under(reply_topic, prefix))
+            .map(|prefix| prefix.trim_end_matches('/').len())
+            .max()
+            .unwrap_or(0);
+        let below = reply_topic.get(prefix..).unwrap_or_default();
+        let level = below.trim_start_matches('/').find('/');
+        let skipped = below.len() - below.trim_start_matches('/').len();
+        let end = level.map_or(reply_topic.len(), |level| prefix + skipped + level);
+        reply_topic.get(..end).unwrap_or(reply_topic).to_owned()
+    }
+
     /// Decides whether an answer may go to `topic`.
     ///
     /// Without this rule anyone who may send a request could make the device publish wherever the device's
@@ -119,6 +139,22 @@ mod tests {
         assert!(valid_id(&"x".repeat(64)));
         for bad in ["", "a/b", "a b", "ü", "+", "#", &"x".repeat(65)] {
             assert!(!valid_id(bad), "{bad}");
+        }
+    }
+
+    #[test]
+    fn clients() {
+        let topics = Topics::new("pipit", "dev");
+        let prefixes = ["reply/".to_owned(), "home/floor".to_owned()];
+        for (topic, client) in [
+            ("reply/kitchen/17", "reply/kitchen"),
+            ("reply/kitchen", "reply/kitchen"),
+            ("reply", "reply"),
+            ("home/floor/2/x/y", "home/floor/2"),
+            ("pipit/v1/dev/res/a", "pipit/v1/dev"),
+            ("pipit/v1/dev/res/b", "pipit/v1/dev"),
+        ] {
+            assert_eq!(topics.client(topic, &prefixes), client);
         }
     }
 

@@ -88,7 +88,7 @@ impl Service {
             }
             None => {}
         }
-        if let Some((code, why)) = self.cannot_take() {
+        if let Some((code, why)) = self.cannot_take(&key) {
             let answer = reply::error(&request.reply, &request.id, code, why);
             self.refuse(message.ack, &answer);
             return;
@@ -114,7 +114,7 @@ impl Service {
     }
 
     /// Why no request can be taken now.
-    fn cannot_take(&mut self) -> Option<(ErrorCode, String)> {
+    fn cannot_take(&mut self, key: &Key) -> Option<(ErrorCode, String)> {
         if let Some(why) = &self.unloadable {
             return Some((ErrorCode::ModelUnavailable, why.clone()));
         }
@@ -122,6 +122,17 @@ impl Service {
             return Some((
                 ErrorCode::QueueFull,
                 format!("{} requests wait", self.queue.len()),
+            ));
+        }
+        let prefixes = &self.config.reply.prefixes;
+        let client = self.topics.client(&key.0, prefixes);
+        let coming = self.accepting.keys();
+        let coming = coming.filter(|(topic, _)| self.topics.client(topic, prefixes) == client);
+        let own = self.queue.of_client(&client) + coming.count();
+        if own >= self.config.limits.client_queue {
+            return Some((
+                ErrorCode::QueueFull,
+                format!("{own} requests of this client wait"),
             ));
         }
         if self.table.bytes() > self.bounds.bytes {

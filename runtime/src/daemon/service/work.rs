@@ -3,9 +3,9 @@
 //! In: the queue, events of the worker. Out: frames for the worker, chunks, answers. When a worker ends, whatever it
 //! was doing is done again by the next one, a limited number of times.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use super::{MOST_ATTEMPTS, Running, SLOTS, Service};
+use super::{AHEAD, MOST_ATTEMPTS, Running, Service};
 use crate::engine::{Finished, FromWorker, Job, ToWorker, sampler};
 use crate::journal::Key;
 use crate::journal::table::Stage;
@@ -17,7 +17,12 @@ use crate::worker::Event as WorkerEvent;
 impl Service {
     /// Gives the worker what it can take.
     pub(super) fn dispatch(&mut self) {
-        while self.loaded && self.hashed && !self.draining && self.running.len() < SLOTS {
+        if self.asleep && !self.queue.is_empty() && !self.draining {
+            self.asleep = false;
+            self.worker.wake();
+        }
+        let most = self.config.model.slots as usize + AHEAD;
+        while self.loaded && self.hashed && !self.draining && self.running.len() < most {
             let waiting = match self.queue.pop(Instant::now()) {
                 None => return,
                 Some(Next::Expired(waiting)) => {
@@ -46,6 +51,7 @@ impl Service {
             let running = Running {
                 stream: Stream::of(&request),
                 key: waiting.key,
+                client: waiting.client,
                 request,
                 since: waiting.since,
                 began: Instant::now(),
@@ -62,11 +68,18 @@ impl Service {
             messages: request.messages.clone(),
             max_tokens: request.max_tokens,
             stop: request.stop.clone(),
+            schema: request.schema.clone(),
+            adapter: request.adapter.clone(),
+            stream: request.stream && !request.reply.plain,
             sampling: sampler::Settings {
                 temperature: sampling.temperature.unwrap_or(defaults.temperature),
                 top_p: sampling.top_p.unwrap_or(defaults.top_p),
                 top_k: sampling.top_k.unwrap_or(defaults.top_k),
                 min_p: sampling.min_p.unwrap_or(defaults.min_p),
+                repeat_penalty: sampling.repeat_penalty.unwrap_or(defaults.repeat_penalty),
+                frequency_penalty: sampling.frequency_penalty.unwrap_or(defaults.frequency_penalty),
+                presence_penalty: sampling.presence_penalty.unwrap_or(defaults.presence_penalty),
+                repeat_last_n: sampling.repeat_last_n.unwrap_or(defaults.repeat_last_n),
                 seed: sampling.seed,
             },
         }
@@ -80,6 +93,12 @@ impl Service {
                 self.announce();
             }
             WorkerEvent::Ended { status } => self.worker_ended(&status),
+            WorkerEvent::Asleep => {
+                self.worker_pid = None;
+                self.announce();
+                // Something may have come in the meantime.
+                self.dispatch();
+            }
             WorkerEvent::Frame(frame) => self.frame(frame),
         }
     }
@@ -99,6 +118,9 @@ impl Service {
                 self.author.model = info;
                 self.loaded = true;
                 self.unloadable = None;
+                self.asleep = false;
+                self.active = Instant::now();
+                self.identify();
                 self.publish_card();
                 self.announce();
                 self.dispatch();
@@ -136,6 +158,28 @@ impl Service {
         }
     }
 
+    /// Tells the worker whose the model is, once both are known.
+    pub(super) fn identify(&mut self) {
+        if self.loaded && self.hashed {
+            let sha256 = self.author.sha256.clone();
+            self.worker.send(ToWorker::Identity { sha256 });
+        }
+    }
+
+    /// Unloads the model when nobody has asked for long enough.
+    pub(super) fn sleep_when_idle(&mut self) {
+        let patience = Duration::from_secs(self.config.model.idle_unload_s);
+        let busy = !self.running.is_empty() || !self.queue.is_empty() || !self.accepting.is_empty();
+        if busy {
+            self.active = Instant::now();
+        } else if self.loaded && !patience.is_zero() && self.active.elapsed() >= patience {
+            tracing::info!("no request for {} s: the model is unloaded", patience.as_secs());
+            self.loaded = false;
+            self.asleep = true;
+            self.worker.sleep();
+        }
+    }
+
     fn worker_ended(&mut self, status: &str) {
         self.worker_pid = None;
         self.loaded = false;
@@ -159,6 +203,7 @@ impl Service {
             // Its work had begun in time: the deadline is met.
             let waiting = Waiting {
                 key: running.key,
+                client: running.client,
                 since: running.since,
                 deadline: None,
             };
@@ -170,6 +215,9 @@ impl Service {
 
     fn finish(&mut self, running: Running, finished: &Finished) {
         self.counters.answered += 1;
+        let computed = finished.prompt_tokens - finished.cached_tokens + finished.completion_tokens;
+        self.queue.charge(&running.client, computed);
+        self.counters.cached_tokens += u64::from(finished.cached_tokens);
         self.counters.prompt_tokens += u64::from(finished.prompt_tokens);
         self.counters.completion_tokens += u64::from(finished.completion_tokens);
         if finished.predicted_ms > 0.0 {

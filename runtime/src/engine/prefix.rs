@@ -1,0 +1,150 @@
+//! Prefixes: beginnings of prompts whose KV is kept, so that the next prompt which begins so need not compute them.
+//!
+//! When a request is done, its sequence stays in the context as an entry, as long as there is room: the longest common
+//! beginning of a new prompt with any entry, or with a request that is still under way, is shared (not copied: the cells
+//! get one more owner). A system prompt is so computed once for all who send it, a conversation goes on where it was.
+//! [`disk`] keeps those that are asked for again and again over a restart.
+
+use llama_cpp_2::token::LlamaToken;
+
+use super::pool::{Cells, Pool};
+
+pub mod disk;
+
+/// A beginning in the context.
+#[derive(Debug)]
+pub struct Entry {
+    /// Its sequence.
+    pub sequence: i32,
+    /// The adapter that computed it.
+    pub adapter: Option<String>,
+    /// Its tokens.
+    pub tokens: Vec<LlamaToken>,
+    /// One for each token.
+    pub cells: Cells,
+    /// When it was last of use.
+    used: u64,
+}
+
+/// All entries.
+#[derive(Debug)]
+pub struct Prefixes {
+    entries: Vec<Entry>,
+    sequences: Vec<i32>,
+    clock: u64,
+}
+
+impl Prefixes {
+    /// No entries yet; `sequences` are the ones that they may use.
+    pub fn new(sequences: impl Iterator<Item = i32>) -> Self {
+        Self {
+            entries: Vec::new(),
+            sequences: sequences.collect(),
+            clock: 0,
+        }
+    }
+
+    /// Every entry.
+    pub fn entries(&self) -> &[Entry] {
+        &self.entries
+    }
+
+    /// The entry with this sequence was of use.
+    pub fn touch(&mut self, sequence: i32) {
+        self.clock += 1;
+        if let Some(entry) = self.entries.iter_mut().find(|entry| entry.sequence == sequence) {
+            entry.used = self.clock;
+        }
+    }
+
+    /// Whether an entry begins with all of `tokens`.
+    pub fn covers(&self, adapter: Option<&str>, tokens: &[LlamaToken]) -> bool {
+        self.entries
+            .iter()
+            .any(|entry| entry.adapter.as_deref() == adapter && entry.tokens.starts_with(tokens))
+    }
+
+    /// A free sequence for a new entry; `None` when the oldest entry must go first, or entries are not kept.
+    pub fn sequence(&mut self) -> Option<i32> {
+        self.sequences.pop()
+    }
+
+    /// Adds an entry whose sequence is filled.
+    pub fn add(&mut self, sequence: i32, adapter: Option<String>, tokens: Vec<LlamaToken>, cells: Cells) {
+        self.clock += 1;
+        self.entries.push(Entry {
+            sequence,
+            adapter,
+            tokens,
+            cells,
+            used: self.clock,
+        });
+    }
+
+    /// Takes out entries that `tokens` makes superfluous, because they are beginnings of it; returns their sequences.
+    pub fn supersede(&mut self, adapter: Option<&str>, tokens: &[LlamaToken], pool: &mut Pool) -> Vec<i32> {
+        let old: Vec<i32> = self
+            .entries
+            .iter()
+            .filter(|entry| entry.adapter.as_deref() == adapter && tokens.starts_with(&entry.tokens))
+            .map(|entry| entry.sequence)
+            .collect();
+        for &sequence in &old {
+            self.remove(sequence, pool);
+        }
+        old
+    }
+
+    /// Takes out the entry that was of no use for the longest time; returns its sequence.
+    pub fn evict(&mut self, pool: &mut Pool) -> Option<i32> {
+        let oldest = self.entries.iter().min_by_key(|entry| entry.used)?.sequence;
+        self.remove(oldest, pool);
+        Some(oldest)
+    }
+
+    fn remove(&mut self, sequence: i32, pool: &mut Pool) {
+        if let Some(at) = self.entries.iter().position(|entry| entry.sequence == sequence) {
+            let mut entry = self.entries.swap_remove(at);
+            pool.release(&mut entry.cells, 0);
+            self.sequences.push(sequence);
+        }
+    }
+}
+
+/// Length of the common beginning.
+pub fn common(a: &[LlamaToken], b: &[LlamaToken]) -> usize {
+    a.iter().zip(b).take_while(|(a, b)| a == b).count()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tokens(ids: &[i32]) -> Vec<LlamaToken> {
+        ids.iter().map(|&id| LlamaToken(id)).collect()
+    }
+
+    fn fill(prefixes: &mut Prefixes, pool: &mut Pool, ids: &[i32], adapter: Option<&str>) -> i32 {
+        let sequence = prefixes.sequence().unwrap();
+        let mut cells = Cells::new();
+        assert!(pool.take(ids.len(), &mut cells));
+        prefixes.add(sequence, adapter.map(ToOwned::to_owned), tokens(ids), cells);
+        sequence
+    }
+
+    #[test]
+    fn the_oldest_goes_and_a_longer_one_replaces_its_beginnings() {
+        let mut pool = Pool::new(16);
+        let mut prefixes = Prefixes::new(5..8);
+        let first = fill(&mut prefixes, &mut pool, &[1, 2], None);
+        let second = fill(&mut prefixes, &mut pool, &[1, 2, 3], Some("a"));
+        fill(&mut prefixes, &mut pool, &[4], None);
+        assert_eq!((prefixes.sequence(), pool.free()), (None, 10));
+        assert!(prefixes.covers(None, &tokens(&[1])) && !prefixes.covers(None, &tokens(&[1, 2, 3])));
+        prefixes.touch(first);
+        assert_eq!(prefixes.evict(&mut pool), Some(second));
+        assert_eq!(prefixes.supersede(None, &tokens(&[1, 2, 9]), &mut pool), [first]);
+        assert_eq!((pool.free(), prefixes.entries().len()), (15, 1));
+        assert_eq!(common(&tokens(&[1, 2, 3]), &tokens(&[1, 2, 4, 5])), 2);
+    }
+}

@@ -1,0 +1,443 @@
+//! The scheduler: every step of the model serves all requests under way (continuous batching).
+//!
+//! In: jobs and cancels, at any time between two steps. Out: events for the daemon. A step takes one token of every slot
+//! that decodes, and shares what is left of the batch out among the slots that prefill, so that a short prompt is not
+//! stuck behind a long one. [`admit`] says who gets a slot and what it need not compute.
+//!
+//! The context is one pool of cells. A request is let in when its prompt fits; when cells run out later, first the kept
+//! beginnings go, then the youngest slot gives up its cells and computes its tokens again when there is room.
+
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+use llama_cpp_2::DecodeError;
+
+use super::constraint::Compiler;
+use super::llama::{Llama, N_BATCH};
+use super::pace::Pace;
+use super::pool::{Cells, Pool};
+use super::prefix::Prefixes;
+use super::prefix::disk::Disk;
+use super::slot::Slot;
+use super::{FromWorker, Job, JobError, Settings};
+
+mod admit;
+
+/// Shortest sequence that is worth an entry, in tokens.
+const LEAST_ENTRY: usize = 16;
+
+/// All requests that the worker has.
+#[derive(Debug)]
+pub struct Scheduler {
+    llama: Llama,
+    pool: Pool,
+    prefixes: Prefixes,
+    disk: Option<Disk>,
+    settings: Settings,
+    compiler: Option<Compiler>,
+    pace: Pace,
+    slots: Vec<Slot>,
+    waiting: VecDeque<Slot>,
+    /// Sequences that no slot has.
+    sequences: Vec<i32>,
+    /// Sequence for what goes to the disk or comes from it.
+    scratch: i32,
+    arrivals: u64,
+    /// The adapter of the last step.
+    turn: Option<String>,
+    events: Vec<FromWorker>,
+}
+
+impl Scheduler {
+    /// A scheduler without work.
+    pub fn new(llama: Llama, settings: &Settings) -> Self {
+        let all = super::llama::sequences(settings).cast_signed();
+        let slots = settings.slots.cast_signed().clamp(1, (all - 1).max(1));
+        Self {
+            pool: Pool::new(llama.info().context),
+            prefixes: Prefixes::new(slots..all - 1),
+            disk: None,
+            compiler: None,
+            pace: Pace::new(
+                Duration::from_millis(u64::from(settings.prefill_ms)),
+                settings.prefill_chunk.min(N_BATCH) as usize,
+            ),
+            slots: Vec::new(),
+            waiting: VecDeque::new(),
+            sequences: (0..slots).rev().collect(),
+            scratch: all - 1,
+            arrivals: 0,
+            turn: None,
+            events: Vec::new(),
+            settings: settings.clone(),
+            llama,
+        }
+    }
+
+    /// Whether there is nothing to do.
+    pub fn is_idle(&self) -> bool {
+        self.slots.is_empty() && self.waiting.is_empty()
+    }
+
+    /// What happened since the last call.
+    pub fn events(&mut self) -> Vec<FromWorker> {
+        std::mem::take(&mut self.events)
+    }
+
+    /// The model's hash is known: beginnings that an earlier worker has left on the disk can be used.
+    pub fn identify(&mut self, sha256: &str) {
+        if let Some(place) = &self.settings.prefix_disk {
+            self.disk = Some(Disk::open(place, sha256, &self.settings));
+        }
+    }
+
+    /// Takes a request.
+    pub fn add(&mut self, job: u64, request: Job) {
+        match self.prepare(job, request) {
+            Ok(slot) if slot.ended.is_some() => {
+                // The schema allows one answer only.
+                self.finish(slot);
+            }
+            Ok(slot) => self.waiting.push_back(slot),
+            Err(error) => self.fail(job, &error),
+        }
+    }
+
+    fn prepare(&mut self, job: u64, request: Job) -> Result<Slot, JobError> {
+        let model = self.llama.model();
+        if let Some(name) = &request.adapter
+            && !self.llama.info().adapters.contains(name)
+        {
+            return Err(JobError::Adapter(name.clone()));
+        }
+        let tokens = self.llama.prompt().tokens(model, &request.messages)?;
+        let longest = self.llama.longest();
+        if tokens.is_empty() {
+            return Err(JobError::Template("it rendered nothing".to_owned()));
+        }
+        // The answer needs room for one token at least.
+        if tokens.len() + 1 > longest as usize {
+            return Err(JobError::TooLarge {
+                tokens: tokens.len(),
+                context: longest,
+            });
+        }
+        let constraint = match &request.schema {
+            None => None,
+            Some(schema) => {
+                if self.compiler.is_none() {
+                    self.compiler = Some(Compiler::new(model).map_err(JobError::Schema)?);
+                }
+                let compiler = self.compiler.as_ref();
+                compiler
+                    .map(|compiler| compiler.compile(schema))
+                    .transpose()
+                    .map_err(JobError::Schema)?
+            }
+        };
+        let beginning = self.llama.prompt().beginning(model, &request.messages, &tokens);
+        self.arrivals += 1;
+        Ok(Slot::new(
+            job,
+            request,
+            self.arrivals,
+            model,
+            tokens,
+            beginning,
+            longest,
+            constraint,
+        ))
+    }
+
+    /// Stops a request.
+    pub fn cancel(&mut self, job: u64) {
+        if let Some(at) = self.waiting.iter().position(|slot| slot.job == job) {
+            self.waiting.remove(at);
+        } else if let Some(at) = self.slots.iter().position(|slot| slot.job == job) {
+            let slot = self.slots.swap_remove(at);
+            self.keep(slot);
+        } else {
+            return;
+        }
+        self.fail(job, &JobError::Cancelled);
+    }
+
+    /// One step of the model.
+    pub fn step(&mut self) {
+        self.admit();
+        let rows = self.batch();
+        if rows.is_empty() && self.llama.batched() == 0 {
+            return;
+        }
+        let tokens = self.llama.batched();
+        let started = Instant::now();
+        match self.llama.decode() {
+            Ok(()) => self.pace.took(tokens, started.elapsed()),
+            Err(error) => {
+                self.undecodable(&error);
+                return;
+            }
+        }
+        for (job, row) in rows {
+            let Some(at) = self.slots.iter().position(|slot| slot.job == job) else {
+                continue;
+            };
+            let slot = &mut self.slots[at];
+            let outcome = slot.advance(self.llama.model(), self.llama.context(), row);
+            self.settle(at, outcome);
+        }
+    }
+
+    /// Fills the batch; returns the jobs whose next token can be chosen after it, with the rows of their logits.
+    fn batch(&mut self) -> Vec<(u64, i32)> {
+        self.llama.clear();
+        let Some(adapter) = self.next_turn() else {
+            return Vec::new();
+        };
+        if let Err(error) = self.llama.adapt(adapter.as_deref()) {
+            for at in (0..self.slots.len()).rev() {
+                if self.slots[at].request.adapter == adapter {
+                    self.settle(at, Err(JobError::Llama(error.clone())));
+                }
+            }
+            return Vec::new();
+        }
+        // Few pending tokens first: those who decode, then the shorter prompts.
+        let mut order: Vec<(usize, u64, u64)> = self
+            .slots
+            .iter()
+            .filter(|slot| slot.request.adapter == adapter && slot.leader.is_none())
+            .map(|slot| (slot.pending(), slot.order, slot.job))
+            .collect();
+        order.sort_unstable();
+        let mut left = self.pace.tokens();
+        let mut rows = Vec::new();
+        let mut batched = Vec::new();
+        for (done, &(pending, _, job)) in order.iter().enumerate() {
+            let share = if pending == 1 {
+                1
+            } else {
+                left.div_ceil(order.len() - done).max(1)
+            };
+            let room = (N_BATCH as usize).saturating_sub(self.llama.batched());
+            let count = self.until_a_follower(job, pending.min(share)).min(room);
+            if count == 0 || !self.reserve(job, count, &batched) {
+                continue;
+            }
+            // Making room may have moved it.
+            let Some(slot) = self.slots.iter().find(|slot| slot.job == job) else {
+                continue;
+            };
+            let first = slot.cells.len() - count;
+            for position in first..slot.cells.len() {
+                let last = position + 1 == slot.tokens.len();
+                let row = self
+                    .llama
+                    .add(slot.tokens[position], position, slot.sequence, last);
+                if let (true, Some(row)) = (last, row) {
+                    rows.push((job, row));
+                }
+            }
+            batched.push(job);
+            if pending > 1 {
+                left = left.saturating_sub(count);
+            }
+        }
+        rows
+    }
+
+    /// Whose turn it is: one step computes with one adapter, and those that have work take turns.
+    fn next_turn(&mut self) -> Option<Option<String>> {
+        let mut wanted: Vec<&Option<String>> = self
+            .slots
+            .iter()
+            .filter(|slot| slot.leader.is_none())
+            .map(|slot| &slot.request.adapter)
+            .collect();
+        wanted.sort_unstable();
+        wanted.dedup();
+        let next = wanted
+            .iter()
+            .find(|adapter| ***adapter > self.turn)
+            .or(wanted.first())
+            .map(|adapter| (*adapter).clone())?;
+        self.turn.clone_from(&next);
+        Some(next)
+    }
+
+    /// At most `count`, but not past the point where another slot waits to take over what this one has computed.
+    fn until_a_follower(&self, job: u64, count: usize) -> usize {
+        let Some(slot) = self.slots.iter().find(|slot| slot.job == job) else {
+            return 0;
+        };
+        let computed = slot.cells.len();
+        let own = Some(slot.beginning).filter(|_| self.llama.is_exact());
+        self.slots
+            .iter()
+            .filter_map(|other| other.leader)
+            .filter(|(leader, _)| *leader == job)
+            .map(|(_, point)| point)
+            .chain(own)
+            .filter(|&point| point > computed)
+            .map(|point| point - computed)
+            .min()
+            .map_or(count, |most| count.min(most))
+    }
+
+    /// Gives a slot `count` cells more. Others give way when there are none: entries first, then the youngest slot of
+    /// those that are not in the batch yet, which may be this one.
+    fn reserve(&mut self, job: u64, count: usize, batched: &[u64]) -> bool {
+        loop {
+            let Some(at) = self.slots.iter().position(|slot| slot.job == job) else {
+                return false;
+            };
+            if self.pool.take(count, &mut self.slots[at].cells) {
+                return true;
+            }
+            if let Some(sequence) = self.prefixes.evict(&mut self.pool) {
+                self.llama.forget(sequence);
+                continue;
+            }
+            if self.slots.len() == 1 {
+                let outcome = self.slots[at].cut();
+                self.settle(at, outcome);
+                return false;
+            }
+            let youngest = self
+                .slots
+                .iter()
+                .filter(|slot| !batched.contains(&slot.job))
+                .max_by_key(|slot| slot.order)
+                .map_or(job, |slot| slot.job);
+            self.give_way(youngest);
+            if youngest == job {
+                return false;
+            }
+        }
+    }
+
+    /// A slot gives up its cells and waits until there is room again.
+    fn give_way(&mut self, job: u64) {
+        let Some(at) = self.slots.iter().position(|slot| slot.job == job) else {
+            return;
+        };
+        let mut slot = self.slots.swap_remove(at);
+        tracing::debug!(job, "the context is full: this request waits");
+        self.pool.release(&mut slot.cells, 0);
+        self.llama.forget(slot.sequence);
+        self.sequences.push(slot.sequence);
+        slot.leader = None;
+        self.waiting.push_front(slot);
+    }
+
+    /// After a token was chosen: sends what is new, and ends the slot where it is at its end.
+    fn settle(&mut self, at: usize, outcome: Result<(), JobError>) {
+        if let Err(error) = outcome {
+            let slot = self.slots.swap_remove(at);
+            let job = slot.job;
+            self.keep(slot);
+            self.fail(job, &error);
+            return;
+        }
+        let slot = &mut self.slots[at];
+        if slot.ended.is_some() {
+            let slot = self.slots.swap_remove(at);
+            self.finish(slot);
+        } else if !slot.fresh.is_empty() {
+            self.events.push(FromWorker::Delta {
+                job: slot.job,
+                text: std::mem::take(&mut slot.fresh),
+            });
+        }
+    }
+
+    fn finish(&mut self, mut slot: Slot) {
+        let job = slot.job;
+        let finished = slot.finish();
+        if !slot.fresh.is_empty() {
+            self.events.push(FromWorker::Delta {
+                job,
+                text: std::mem::take(&mut slot.fresh),
+            });
+        }
+        self.keep(slot);
+        self.events.push(FromWorker::Done { job, finished });
+    }
+
+    fn fail(&mut self, job: u64, error: &JobError) {
+        self.events.push(FromWorker::Failed {
+            job,
+            code: error.code(),
+            message: error.to_string(),
+        });
+    }
+
+    /// Makes an entry of what a slot has computed, and frees its sequence.
+    fn keep(&mut self, mut slot: Slot) {
+        if slot.sequence < 0 {
+            return;
+        }
+        slot.tokens.truncate(slot.cells.len());
+        self.enter(
+            slot.sequence,
+            slot.request.adapter.take(),
+            &slot.tokens,
+            &slot.cells,
+        );
+        self.pool.release(&mut slot.cells, 0);
+        self.llama.forget(slot.sequence);
+        self.sequences.push(slot.sequence);
+    }
+
+    /// Keeps the beginning `tokens` of a sequence as an entry.
+    fn enter(
+        &mut self,
+        from: i32,
+        adapter: Option<String>,
+        tokens: &[llama_cpp_2::token::LlamaToken],
+        cells: &Cells,
+    ) {
+        let name = adapter.as_deref();
+        if tokens.len() < LEAST_ENTRY || self.prefixes.covers(name, tokens) {
+            return;
+        }
+        // Where only whole sequences can be shared, their beginnings are of use of their own.
+        if !self.llama.is_exact() {
+            for sequence in self.prefixes.supersede(name, tokens, &mut self.pool) {
+                self.llama.forget(sequence);
+            }
+        }
+        let sequence = match self.prefixes.sequence() {
+            Some(sequence) => sequence,
+            None => {
+                let Some(oldest) = self.prefixes.evict(&mut self.pool) else {
+                    return;
+                };
+                self.llama.forget(oldest);
+                let Some(sequence) = self.prefixes.sequence() else {
+                    return;
+                };
+                sequence
+            }
+        };
+        self.llama.copy(from, sequence, tokens.len());
+        let cells = self.pool.share(cells, tokens.len());
+        self.prefixes.add(sequence, adapter, tokens.to_vec(), cells);
+    }
+
+    /// llama.cpp could not compute the batch. The account says that there was room, so this is a failure of its own:
+    /// everything in the batch fails, and the entries go, in case that the account is wrong.
+    fn undecodable(&mut self, error: &DecodeError) {
+        tracing::error!("llama.cpp cannot decode: {error}");
+        while let Some(sequence) = self.prefixes.evict(&mut self.pool) {
+            self.llama.forget(sequence);
+        }
+        for mut slot in std::mem::take(&mut self.slots) {
+            self.pool.release(&mut slot.cells, 0);
+            self.llama.forget(slot.sequence);
+            self.sequences.push(slot.sequence);
+            let error = JobError::Llama(format!("llama.cpp cannot decode: {error}"));
+            self.fail(slot.job, &error);
+        }
+    }
+}
