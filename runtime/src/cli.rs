@@ -57,7 +57,7 @@ enum Command {
     /// Answer prompts over MQTT until told to stop
     Serve(serve::Args),
     /// Send one prompt and print the answer
-    Ask(ask::Args),
+    Ask(Box<ask::Args>),
     /// Show, check and generate the configuration
     Config(config::Args),
     /// The process that runs the model; `serve` starts it
