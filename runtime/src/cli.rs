@@ -4,12 +4,13 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{ArgAction, Args, Parser, Subcommand};
-use pipit::config::{Config, ConfigError};
+use pipit::config::{Config, ConfigError, Layers, Problems, Setting, Sources};
 use pipit::daemon::DaemonError;
 use pipit::mqtt::LinkError;
 use tracing_subscriber::EnvFilter;
 
 mod ask;
+mod config;
 mod serve;
 mod worker;
 
@@ -56,7 +57,9 @@ enum Command {
     /// Answer prompts over MQTT until told to stop
     Serve(serve::Args),
     /// Send one prompt and print the answer
-    Ask(ask::Args),
+    Ask(Box<ask::Args>),
+    /// Show, check and generate the configuration
+    Config(config::Args),
     /// The process that runs the model; `serve` starts it
     #[command(hide = true)]
     Worker,
@@ -65,37 +68,41 @@ enum Command {
 /// Flags about the broker.
 #[derive(Debug, Args)]
 struct BrokerArgs {
-    /// TOML file; flags come before what it says
+    /// TOML file to read in place of /etc/pipit and the user's own; variables and flags come before what it says
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
-    /// mqtt://HOST[:PORT], mqtts://HOST[:PORT], or embedded[://ADDR:PORT]
-    #[arg(long, value_name = "URL", env = "PIPIT_BROKER")]
+    /// mqtt://HOST[:PORT], mqtts://HOST[:PORT], or embedded[://ADDR:PORT] [env: PIPIT_BROKER]
+    #[arg(long, value_name = "URL")]
     broker: Option<String>,
-    /// Name of the device [default: this machine's name]
-    #[arg(long, value_name = "ID", env = "PIPIT_DEVICE")]
+    /// Name of the device [env: PIPIT_DEVICE] [default: this machine's name]
+    #[arg(long, value_name = "ID")]
     device: Option<String>,
     /// PEM file with the authorities to trust for mqtts://
     #[arg(long, value_name = "FILE")]
-    ca: Option<PathBuf>,
+    ca: Option<String>,
 }
 
 impl BrokerArgs {
-    /// The configuration file with these flags over it.
-    fn config(&self) -> Result<Config, ConfigError> {
-        let mut config = self
-            .config
-            .as_deref()
-            .map_or_else(|| Ok(Config::default()), Config::read)?;
-        if let Some(broker) = &self.broker {
-            config.broker.url.clone_from(broker);
-        }
-        if let Some(device) = &self.device {
-            config.device.clone_from(device);
-        }
-        if self.ca.is_some() {
-            config.broker.ca.clone_from(&self.ca);
-        }
-        Ok(config)
+    /// The configuration of all layers, with these flags and `more` on top.
+    fn layers(&self, more: Vec<Setting>) -> Result<Layers, Problems> {
+        let flags = [
+            ("--broker", "broker.url", &self.broker),
+            ("--device", "device", &self.device),
+            ("--ca", "broker.ca", &self.ca),
+        ];
+        let flags = flags
+            .into_iter()
+            .filter_map(|(name, key, value)| Some(Setting::flag(name, key, value.clone()?)));
+        Layers::read(&Sources {
+            file: self.config.clone(),
+            flags: flags.chain(more).collect(),
+            ..Sources::of_process()
+        })
+    }
+
+    /// The configuration alone.
+    fn config(&self) -> Result<Config, Problems> {
+        self.layers(Vec::new()).map(|layers| layers.config)
     }
 }
 
@@ -104,13 +111,20 @@ pub(crate) fn run() -> ExitCode {
     let cli = Cli::parse();
     logging(&cli.common);
     let result = match cli.command {
-        Command::Serve(args) => serve::run(args, cli.common.verbose > 0),
+        Command::Serve(args) => serve::run(&args, cli.common.verbose > 0),
         Command::Ask(args) => ask::run(&args),
+        Command::Config(args) => config::run(&args),
         Command::Worker => return worker::run(),
     };
     match result {
         Ok(code) => code,
         Err(error) => {
+            if let Some(problems) = error.downcast_ref::<Problems>() {
+                for problem in &problems.0 {
+                    eprintln!("error: {problem}");
+                }
+                return ExitCode::from(code::CONFIG);
+            }
             // The library's errors say their cause themselves; a context of anyhow's needs the chain.
             if error.is::<ConfigError>() || error.is::<LinkError>() || error.is::<DaemonError>() {
                 eprintln!("error: {error}");

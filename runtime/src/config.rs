@@ -1,260 +1,42 @@
-//! The configuration: a TOML file, with flags over it.
+//! The configuration: TOML files, variables and flags, in layers.
 //!
-//! In: text of the file, flags. Out: a checked [`Config`] in which every value is set. An unknown key is refused
-//! with the nearest name that is known. Secrets are never values here, only files.
+//! In: [`Sources`]. Out: [`Layers`], a checked [`Config`] in which every value knows where it came from; or
+//! [`Problems`], every one with its place, its key and a hint. Secrets are never values here, only files.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
 use crate::wire::Limits;
-use crate::wire::topics::valid_id;
 
 mod address;
+mod check;
+mod error;
+mod file;
+mod keys;
+mod layers;
+mod origin;
+mod sections;
+mod show;
+mod sources;
+mod variables;
 
 pub use address::Address;
+pub use error::{ConfigError, Problems};
+pub use keys::Key;
+pub use layers::{Layers, Setting};
+pub use origin::Origin;
+pub use sections::{
+    BrokerSection, JournalSection, MetricsSection, ModelSection, PrefixSection, ReplySection, SamplingSection,
+};
+pub use sources::Sources;
 
 /// Where the embedded broker listens unless told otherwise.
 pub const EMBEDDED: &str = "embedded://127.0.0.1:1883";
 
-/// What is wrong with a configuration.
-#[derive(Debug, thiserror::Error)]
-pub enum ConfigError {
-    /// The file cannot be read.
-    #[error("configuration {path}: {source}")]
-    Io {
-        /// The file.
-        path: PathBuf,
-        /// The system's reason.
-        source: std::io::Error,
-    },
-    /// It is not TOML, or a value has the wrong type.
-    #[error("configuration {path}: {message}")]
-    Syntax {
-        /// The file.
-        path: PathBuf,
-        /// Line, column and reason.
-        message: String,
-    },
-    /// A key that is not known.
-    #[error("configuration {path}: unknown key `{key}`; hint: {hint}")]
-    UnknownKey {
-        /// The file.
-        path: PathBuf,
-        /// The key with its section.
-        key: String,
-        /// The nearest one.
-        hint: String,
-    },
-    /// A value that cannot be.
-    #[error("{key}: {message}")]
-    Value {
-        /// The key with its section, or the flag.
-        key: &'static str,
-        /// What is wrong; with a hint.
-        message: String,
-    },
-}
-
-fn value(key: &'static str, message: impl Into<String>) -> ConfigError {
-    ConfigError::Value {
-        key,
-        message: message.into(),
-    }
-}
-
-/// `[broker]`
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct BrokerSection {
-    /// `mqtt://HOST[:PORT]`, `mqtts://HOST[:PORT]` or `embedded[://ADDR:PORT]`
-    pub url: String,
-    /// User name.
-    pub username: Option<String>,
-    /// File that holds the password.
-    pub password_file: Option<PathBuf>,
-    /// PEM file with the authorities to trust for `mqtts://`; the system's by default.
-    pub ca: Option<PathBuf>,
-    /// Seconds between two signs of life, 5 to 3600.
-    pub keep_alive_s: u16,
-    /// Seconds that the broker keeps requests for a device that is away.
-    pub session_expiry_s: u32,
-}
-
-impl Default for BrokerSection {
-    fn default() -> Self {
-        Self {
-            url: if cfg!(feature = "embedded-broker") {
-                EMBEDDED
-            } else {
-                "mqtt://127.0.0.1:1883"
-            }
-            .to_owned(),
-            username: None,
-            password_file: None,
-            ca: None,
-            keep_alive_s: 30,
-            session_expiry_s: 7 * 24 * 3600,
-        }
-    }
-}
-
-/// `[model]`
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct ModelSection {
-    /// The GGUF file.
-    pub path: Option<PathBuf>,
-    /// Context in tokens, shared by all requests under way and by the beginnings that are kept for later ones. One
-    /// request gets at most what the model was trained for.
-    pub n_ctx: u32,
-    /// Requests under way at a time.
-    pub slots: u32,
-    /// Threads; 0 is one for each physical core.
-    pub threads: u32,
-    /// Type of the keys in the KV cache: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0 or iq4_nl.
-    pub cache_type_k: String,
-    /// Type of the values in the KV cache.
-    pub cache_type_v: String,
-    /// Most tokens of prefill in one step.
-    pub prefill_chunk: u32,
-    /// Milliseconds that one step of prefill should take at most: between two steps a cancel is heard, and other
-    /// requests get their next token.
-    pub prefill_ms: u32,
-    /// Bytes of memory that the model may take; 0 is what is available when it is loaded.
-    pub memory_bytes: u64,
-    /// Seconds without a request after which the model is unloaded, until the next request; 0 is never.
-    pub idle_unload_s: u64,
-    /// Seconds without a sign of life after which the worker is ended and started anew.
-    pub hang_s: u64,
-}
-
-impl Default for ModelSection {
-    fn default() -> Self {
-        Self {
-            path: None,
-            n_ctx: 2048,
-            slots: 8,
-            threads: 0,
-            cache_type_k: "f16".to_owned(),
-            cache_type_v: "f16".to_owned(),
-            prefill_chunk: 512,
-            prefill_ms: 250,
-            memory_bytes: 0,
-            idle_unload_s: 0,
-            hang_s: 120,
-        }
-    }
-}
-
-/// `[prefix]`: beginnings of prompts, kept as KV so that the next request which begins so need not compute them.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct PrefixSection {
-    /// Beginnings kept in the context at a time.
-    pub entries: u32,
-    /// Shortest one that is written to the disk, in tokens.
-    pub disk_tokens: u32,
-    /// Bytes of them on the disk, where they live through a restart; 0 is none.
-    pub disk_bytes: u64,
-}
-
-impl Default for PrefixSection {
-    fn default() -> Self {
-        Self {
-            entries: 16,
-            disk_tokens: 128,
-            disk_bytes: 128 * 1024 * 1024,
-        }
-    }
-}
-
-/// `[sampling]`: what a request gets that does not say.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct SamplingSection {
-    /// 0 is greedy.
-    pub temperature: f32,
-    /// 1 keeps all.
-    pub top_p: f32,
-    /// 0 keeps all.
-    pub top_k: i32,
-    /// 0 keeps all.
-    pub min_p: f32,
-    /// Divides the logits of tokens seen before; 1 is off.
-    pub repeat_penalty: f32,
-    /// Subtracted once for each time that a token was seen; 0 is off.
-    pub frequency_penalty: f32,
-    /// Subtracted from tokens seen at all; 0 is off.
-    pub presence_penalty: f32,
-    /// How many of the last tokens count as seen; 0 is none, -1 all.
-    pub repeat_last_n: i32,
-}
-
-impl Default for SamplingSection {
-    fn default() -> Self {
-        Self {
-            temperature: 0.0,
-            top_p: 0.95,
-            top_k: 40,
-            min_p: 0.05,
-            repeat_penalty: 1.0,
-            frequency_penalty: 0.0,
-            presence_penalty: 0.0,
-            repeat_last_n: 64,
-        }
-    }
-}
-
-/// `[reply]`
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct ReplySection {
-    /// Topics under which a client may ask for its answer, besides the device's own `res/`.
-    pub prefixes: Vec<String>,
-}
-
-impl Default for ReplySection {
-    fn default() -> Self {
-        Self {
-            prefixes: vec!["reply/".to_owned()],
-        }
-    }
-}
-
-/// `[journal]`
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct JournalSection {
-    /// Bytes of requests and answers that are kept; when what is owed to clients is more, the answer is `queue_full`.
-    pub bytes: usize,
-    /// Hours that a delivered answer is kept, for requests that come again.
-    pub answer_hours: u64,
-}
-
-impl Default for JournalSection {
-    fn default() -> Self {
-        Self {
-            bytes: 16 * 1024 * 1024,
-            answer_hours: 24,
-        }
-    }
-}
-
-/// `[metrics]`
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct MetricsSection {
-    /// Seconds between two messages; 0 sends none.
-    pub interval_s: u64,
-}
-
-impl Default for MetricsSection {
-    fn default() -> Self {
-        Self { interval_s: 30 }
-    }
-}
+/// Every key with a comment and its default, all of them commented out: a file to begin with.
+pub const DEFAULT_TOML: &str = include_str!("config/default.toml");
 
 /// Everything.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -309,112 +91,30 @@ impl Default for Config {
 }
 
 impl Config {
-    /// Reads a file.
-    ///
-    /// # Errors
-    /// [`ConfigError`]
-    pub fn read(path: &Path) -> Result<Self, ConfigError> {
-        let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Io {
-            path: path.to_owned(),
-            source,
-        })?;
-        Self::parse(&text, path)
-    }
-
-    /// Reads the text of a file; `path` is for messages.
-    ///
-    /// # Errors
-    /// [`ConfigError`]
-    pub fn parse(text: &str, path: &Path) -> Result<Self, ConfigError> {
-        let syntax = |message: String| ConfigError::Syntax {
-            path: path.to_owned(),
-            message: message.trim().to_owned(),
-        };
-        let table: toml::Table = text
-            .parse()
-            .map_err(|error: toml::de::Error| syntax(error.to_string()))?;
-        if let Some((key, hint)) = unknown_key(&table) {
-            return Err(ConfigError::UnknownKey {
-                path: path.to_owned(),
-                key,
-                hint,
-            });
-        }
-        toml::from_str(text).map_err(|error| syntax(error.to_string()))
-    }
-
-    /// Checks what the types do not say.
-    ///
-    /// # Errors
-    /// [`ConfigError::Value`]
-    pub fn check(&self) -> Result<(), ConfigError> {
-        if !valid_id(&self.device) {
-            return Err(value(
-                "device",
-                format!(
-                    "`{}` is no device name; hint: 1 to 64 of A-Z a-z 0-9 _ . -",
-                    self.device
-                ),
-            ));
-        }
-        if self.root.is_empty()
-            || self.root.len() > 128
-            || self.root.starts_with(['/', '$'])
-            || self.root.ends_with('/')
-            || self.root.contains(['+', '#', '\0'])
-        {
-            return Err(value("root", format!("`{}` cannot begin a topic", self.root)));
-        }
-        if !(5..=3600).contains(&self.broker.keep_alive_s) {
-            return Err(value("broker.keep_alive_s", "must be 5 to 3600"));
-        }
-        if let Some(prefix) = self.reply.prefixes.iter().find(|prefix| {
-            prefix.trim_matches('/').is_empty()
-                || prefix.starts_with('$')
-                || prefix.contains(['+', '#', '\0'])
-        }) {
-            return Err(value(
-                "reply.prefixes",
-                format!("`{prefix}` is no prefix of topics; hint: one like `reply/`"),
-            ));
-        }
-        if self.limits.max_tokens == 0 || self.limits.queue == 0 || self.limits.request_bytes == 0 {
-            return Err(value(
-                "limits",
-                "max_tokens, queue and request_bytes must be at least 1",
-            ));
-        }
-        if self.model.n_ctx < 16 || self.model.hang_s < 10 || self.model.slots == 0 {
-            return Err(value(
-                "model",
-                "n_ctx must be at least 16, hang_s at least 10, slots at least 1",
-            ));
-        }
-        Address::parse(&self.broker.url).map(drop)
-    }
-
     /// The folder of the state: as configured, else systemd's STATE_DIRECTORY, else the user's XDG folder.
     ///
     /// # Errors
     /// When none of them is known.
     pub fn state_dir(&self) -> Result<PathBuf, ConfigError> {
-        let from = |name: &str| {
-            std::env::var_os(name)
-                .filter(|value| !value.is_empty())
-                .map(PathBuf::from)
-        };
         self.state_dir
             .clone()
-            .or_else(|| from("STATE_DIRECTORY"))
-            .or_else(|| from("XDG_STATE_HOME").map(|folder| folder.join("pipit")))
-            .or_else(|| from("HOME").map(|home| home.join(".local/state/pipit")))
+            .or_else(|| folder("STATE_DIRECTORY"))
+            .or_else(|| folder("XDG_STATE_HOME").map(|folder| folder.join("pipit")))
+            .or_else(|| folder("HOME").map(|home| home.join(".local/state/pipit")))
             .ok_or_else(|| {
-                value(
+                ConfigError::value(
                     "state_dir",
                     "no folder for the state; hint: --state-dir names one",
                 )
             })
     }
+}
+
+/// A folder that a variable of the environment names.
+fn folder(variable: &str) -> Option<PathBuf> {
+    std::env::var_os(variable)
+        .filter(|value| !value.is_empty())
+        .map(PathBuf::from)
 }
 
 /// This machine's name, with what an id may not hold replaced by `-`.
@@ -437,142 +137,48 @@ pub fn host_name() -> String {
     if id.is_empty() { "pipit".to_owned() } else { id }
 }
 
-/// The first key of `table` that is not known, and a hint.
-fn unknown_key(table: &toml::Table) -> Option<(String, String)> {
-    let known = known_keys();
-    for (key, entry) in table {
-        let section = |name: &str| known.iter().any(|known| known.starts_with(&format!("{name}.")));
-        match entry {
-            toml::Value::Table(_) if key == "adapters" => {}
-            toml::Value::Table(inner) if section(key) => {
-                for field in inner.keys() {
-                    let full = format!("{key}.{field}");
-                    if !known.contains(&full) {
-                        return Some((full.clone(), nearest(&full, &known)));
-                    }
-                }
-            }
-            _ if known.contains(key) || section(key) => {}
-            _ => {
-                let mut names: Vec<String> = known
-                    .iter()
-                    .map(|known| known.split('.').next().unwrap_or_default().to_owned())
-                    .collect();
-                names.dedup();
-                return Some((key.clone(), nearest(key, &names)));
-            }
-        }
-    }
-    None
-}
-
-/// Every key there is, as `section.key`.
-fn known_keys() -> Vec<String> {
-    let mut keys: Vec<String> = [
-        "broker.username",
-        "broker.password_file",
-        "broker.ca",
-        "model.path",
-        "state_dir",
-        "adapters",
-    ]
-    .map(ToOwned::to_owned)
-    .to_vec();
-    // Keys without a default are absent here: they are listed above.
-    if let Ok(toml::Value::Table(table)) = toml::Value::try_from(Config::default()) {
-        for (key, entry) in table {
-            match entry {
-                toml::Value::Table(inner) => keys.extend(inner.keys().map(|field| format!("{key}.{field}"))),
-                _ => keys.push(key),
-            }
-        }
-    }
-    keys.sort();
-    keys
-}
-
-fn nearest(key: &str, known: &[String]) -> String {
-    match known.iter().min_by_key(|known| distance(key, known)) {
-        Some(best) if distance(key, best) <= 2 + key.len() / 4 => format!("did you mean `{best}`?"),
-        _ => format!("known are {}", known.join(", ")),
-    }
-}
-
-/// Levenshtein distance in bytes.
-fn distance(a: &str, b: &str) -> usize {
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, left) in a.bytes().enumerate() {
-        let mut diagonal = row[0];
-        row[0] = i + 1;
-        for (j, right) in b.bytes().enumerate() {
-            let above = row[j + 1];
-            row[j + 1] = (above + 1)
-                .min(row[j] + 1)
-                .min(diagonal + usize::from(left != right));
-            diagonal = above;
-        }
-    }
-    row[b.len()]
-}
-
 #[cfg(test)]
 mod tests {
+    use super::keys::Keys;
     use super::*;
 
-    fn parse(text: &str) -> Result<Config, ConfigError> {
-        Config::parse(text, Path::new("pipit.toml"))
+    /// [`DEFAULT_TOML`] with its settings in force: `#key = value` is a setting, `# text` is not.
+    fn uncommented() -> toml::Table {
+        let lines = DEFAULT_TOML.lines().map(|line| match line.strip_prefix('#') {
+            Some(setting) if !setting.is_empty() && !setting.starts_with(' ') => setting,
+            _ => line,
+        });
+        lines.collect::<Vec<_>>().join("\n").parse().unwrap()
     }
 
     #[test]
-    fn values_and_defaults() {
-        let config =
-            parse("device = \"a\"\n[model]\nn_ctx = 512\npath = \"m.gguf\"\n[broker]\nca = \"c\"").unwrap();
-        assert_eq!((config.device.as_str(), config.model.n_ctx), ("a", 512));
-        assert_eq!(config.limits, Limits::default());
-        assert!(config.check().is_ok());
-        // What the defaults say is a configuration.
-        let text = toml::to_string(&Config::default()).unwrap();
-        assert_eq!(parse(&text).unwrap(), Config::default());
+    fn the_file_to_begin_with_changes_nothing() {
+        let config: Config = toml::from_str(DEFAULT_TOML).unwrap();
+        assert_eq!(config, Config::default());
     }
 
     #[test]
-    fn unknown_keys_get_the_nearest_name() {
-        for (text, key, near) in [
-            ("[model]\nnctx = 5", "model.nctx", "model.n_ctx"),
-            ("[brokr]\nurl = \"x\"", "brokr", "broker"),
-            ("devise = \"a\"", "devise", "device"),
-            (
-                "[broker]\npassword-file = \"x\"",
-                "broker.password-file",
-                "broker.password_file",
-            ),
-        ] {
-            let error = parse(text).unwrap_err().to_string();
-            assert!(
-                error.contains(&format!("`{key}`")) && error.contains(&format!("`{near}`")),
-                "{error}"
-            );
+    fn the_file_to_begin_with_names_every_key_and_its_default() {
+        let table = uncommented();
+        let mut named = 0;
+        for (key, default) in Keys::all().iter() {
+            let said = match &key.section {
+                Some(section) => table.get(section).and_then(|inner| inner.get(&key.name)),
+                None => table.get(&key.name),
+            };
+            let said = said.unwrap_or_else(|| panic!("config/default.toml does not name {key}"));
+            named += 1;
+            // The name of the machine and the default broker are not the same in every build; an example stands for
+            // what has no default.
+            let varies = key.name == "device" || key.name == "url" && !cfg!(feature = "embedded-broker");
+            if let Some(default) = default.as_ref().filter(|_| !varies) {
+                assert_eq!(said, default, "{key}");
+            }
         }
-        assert!(matches!(parse("model = "), Err(ConfigError::Syntax { .. })));
-        assert!(matches!(
-            parse("[model]\nn_ctx = \"x\""),
-            Err(ConfigError::Syntax { .. })
-        ));
-        assert!(matches!(parse("model = 3"), Err(ConfigError::Syntax { .. })));
-    }
-
-    #[test]
-    fn values_that_cannot_be() {
-        for text in [
-            "device = \"a b\"",
-            "root = \"a/#\"",
-            "root = \"$x\"",
-            "[broker]\nkeep_alive_s = 1",
-            "[broker]\nurl = \"http://x\"",
-            "[reply]\nprefixes = [\"/\"]",
-            "[limits]\nqueue = 0",
-        ] {
-            assert!(parse(text).unwrap().check().is_err(), "{text}");
-        }
+        assert!(named > 30, "{named}");
+        // It says nothing that the configuration does not know, and its examples can be.
+        let mut config: Config = table.try_into().unwrap();
+        config.broker.url = BrokerSection::default().url;
+        assert!(config.problems().is_empty(), "{:?}", config.problems());
     }
 }

@@ -8,19 +8,24 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
+use pipit::config::Config;
 use pipit::daemon::broker_options;
 use pipit::mqtt::{Event, Incoming, Link, Outgoing};
 use pipit::wire::answer::Received;
 use pipit::wire::{Completion, Topics};
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::{BrokerArgs, code};
+use request::{RequestArgs, duration};
+
+mod request;
 
 const EXAMPLES: &str = "\
 Examples:
   pipit ask 'Turn on the kitchen light'
   pipit ask 'Tell me about wagtails' --stream --max-tokens 200 --temperature 0.7
   pipit ask 'Zet het licht aan' --broker mqtt://broker.local --device kitchen --json | jq .usage
+  pipit ask 'Licht aan' --adapter smart-home --schema intent.schema.json
   echo 'A long prompt' | pipit ask -";
 
 #[derive(Debug, clap::Args)]
@@ -39,52 +44,27 @@ pub(super) struct Args {
     /// Print the whole answer object; with --stream every chunk, too, one a line
     #[arg(long)]
     json: bool,
-    /// Most tokens of the answer
-    #[arg(long, value_name = "N")]
-    max_tokens: Option<u32>,
-    /// 0 always takes the likeliest token
-    #[arg(long, value_name = "T")]
-    temperature: Option<f32>,
-    /// The same seed gives the same answer
-    #[arg(long, value_name = "N")]
-    seed: Option<i64>,
-    /// Instructions before the prompt
-    #[arg(long, value_name = "TEXT")]
-    system: Option<String>,
+    #[command(flatten)]
+    request: RequestArgs,
     /// Id of the request; the same id gives the same answer, once [default: a new one]
     #[arg(long, value_name = "ID")]
     id: Option<String>,
 }
 
-fn duration(text: &str) -> Result<Duration, String> {
-    let digits = text.trim_end_matches(|letter: char| letter.is_ascii_alphabetic());
-    let number: f64 = digits
-        .parse()
-        .map_err(|_| "hint: a number and ms, s, m or h, like 60s".to_owned())?;
-    let unit = match &text[digits.len()..] {
-        "ms" => 0.001,
-        "" | "s" => 1.0,
-        "m" => 60.0,
-        "h" => 3600.0,
-        _ => return Err("hint: the unit is ms, s, m or h".to_owned()),
-    };
-    Duration::try_from_secs_f64(number * unit).map_err(|error| error.to_string())
-}
-
 pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
+    let config = args.broker.config()?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .context("the async runtime cannot be started")?;
     let result = runtime.block_on(async {
-        match ask(args).await {
+        match ask(args, &config).await {
             Ok(Some(code)) => Ok(code),
             Err(error) => Err(error),
             Ok(None) => {
                 eprintln!(
                     "error: no answer from {} within {:?}; hint: is the device online? A longer --timeout waits longer",
-                    args.broker.config().map_or_else(|_| "the device".to_owned(), |config| config.device),
-                    args.timeout
+                    config.device, args.timeout
                 );
                 Ok(ExitCode::from(code::TIMED_OUT))
             }
@@ -95,9 +75,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
 }
 
 /// `None` when the time is up; the device is told then that nobody waits any more.
-async fn ask(args: &Args) -> anyhow::Result<Option<ExitCode>> {
-    let config = args.broker.config()?;
-    config.check()?;
+async fn ask(args: &Args, config: &Config) -> anyhow::Result<Option<ExitCode>> {
     let prompt = if args.prompt == "-" {
         std::io::read_to_string(std::io::stdin()).context("the prompt cannot be read from standard input")?
     } else {
@@ -111,8 +89,12 @@ async fn ask(args: &Args) -> anyhow::Result<Option<ExitCode>> {
         bail!("`{id}` is no id; hint: 1 to 64 of A-Z a-z 0-9 _ . -");
     }
     let topics = Topics::new(&config.root, &config.device);
-    let body = body(args, &id, &prompt);
-    let mut options = broker_options(&config)?;
+    let body = args
+        .request
+        .body(&id, &prompt, args.stream)
+        .to_string()
+        .into_bytes();
+    let mut options = broker_options(config)?;
     let broker = format!("{}:{}", options.host, options.port);
     options.client_id = format!("pipit-ask-{}", uuid::Uuid::now_v7().simple());
     options.subscribe = vec![topics.answer(&id)];
@@ -179,25 +161,6 @@ async fn ask(args: &Args) -> anyhow::Result<Option<ExitCode>> {
             }
         }
     }
-}
-
-fn body(args: &Args, id: &str, prompt: &str) -> Vec<u8> {
-    let mut messages = Vec::new();
-    if let Some(system) = &args.system {
-        messages.push(json!({ "role": "system", "content": system }));
-    }
-    messages.push(json!({ "role": "user", "content": prompt }));
-    let mut body = json!({ "id": id, "messages": messages, "stream": args.stream });
-    if let Some(most) = args.max_tokens {
-        body["max_tokens"] = Value::from(most);
-    }
-    if let Some(temperature) = args.temperature {
-        body["temperature"] = Value::from(temperature);
-    }
-    if let Some(seed) = args.seed {
-        body["seed"] = Value::from(seed);
-    }
-    body.to_string().into_bytes()
 }
 
 /// Prints chunks and the answer. Chunks can be lost, and begin again when the device had to: what is shown is always

@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 
-use super::{ConfigError, EMBEDDED, value};
+use super::{ConfigError, EMBEDDED};
 
 /// What `broker.url` means.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -27,8 +27,8 @@ impl Address {
     /// [`ConfigError::Value`]
     pub fn parse(url: &str) -> Result<Self, ConfigError> {
         let fail = |why: &str| {
-            value(
-                "broker",
+            ConfigError::value(
+                "broker.url",
                 format!(
                     "`{url}` {why}; hint: mqtt://HOST[:PORT], mqtts://HOST[:PORT] or embedded[://ADDR:PORT]"
                 ),
