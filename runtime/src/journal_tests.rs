@@ -20,6 +20,8 @@ fn request(id: &str) -> Request {
         sampling: Sampling::default(),
         max_tokens: 5,
         stop: vec!["x".to_owned()],
+        schema: Some(serde_json::json!({"type": "object"})),
+        adapter: Some("home".to_owned()),
         stream: true,
         deadline_ms: Some(9),
         priority: 1,

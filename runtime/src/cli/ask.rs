@@ -11,8 +11,8 @@ use anyhow::{Context as _, bail};
 use pipit::daemon::broker_options;
 use pipit::mqtt::{Event, Incoming, Link, Outgoing};
 use pipit::wire::answer::Received;
-use pipit::wire::{Completion, Topics};
-use serde_json::{Value, json};
+use pipit::wire::body::Turn;
+use pipit::wire::{Body, Cancel, Completion, Role, Topics};
 
 use super::{BrokerArgs, code};
 
@@ -128,7 +128,7 @@ async fn ask(args: &Args) -> anyhow::Result<Option<ExitCode>> {
     let until = tokio::time::Instant::now() + args.timeout;
     loop {
         let Ok(event) = tokio::time::timeout_at(until, events.recv()).await else {
-            let payload = json!({ "id": id }).to_string().into_bytes();
+            let payload = serde_json::to_vec(&Cancel { id })?;
             link.publish(Outgoing {
                 topic: topics.cancel(),
                 payload,
@@ -182,22 +182,18 @@ async fn ask(args: &Args) -> anyhow::Result<Option<ExitCode>> {
 }
 
 fn body(args: &Args, id: &str, prompt: &str) -> Vec<u8> {
-    let mut messages = Vec::new();
-    if let Some(system) = &args.system {
-        messages.push(json!({ "role": "system", "content": system }));
-    }
-    messages.push(json!({ "role": "user", "content": prompt }));
-    let mut body = json!({ "id": id, "messages": messages, "stream": args.stream });
-    if let Some(most) = args.max_tokens {
-        body["max_tokens"] = Value::from(most);
-    }
-    if let Some(temperature) = args.temperature {
-        body["temperature"] = Value::from(temperature);
-    }
-    if let Some(seed) = args.seed {
-        body["seed"] = Value::from(seed);
-    }
-    body.to_string().into_bytes()
+    let system = args.system.iter().map(|text| Turn::new(Role::System, text));
+    let body = Body {
+        id: Some(id.to_owned()),
+        messages: system.chain([Turn::new(Role::User, prompt)]).collect(),
+        stream: Some(args.stream),
+        max_tokens: args.max_tokens,
+        temperature: args.temperature,
+        seed: args.seed,
+        ..Body::default()
+    };
+    // Strings and numbers: this cannot fail.
+    serde_json::to_vec(&body).unwrap_or_default()
 }
 
 /// Prints chunks and the answer. Chunks can be lost, and begin again when the device had to: what is shown is always
