@@ -5,6 +5,7 @@
 
 pub mod broker;
 pub mod device;
+pub mod example;
 pub mod model;
 pub mod process;
 pub mod program;

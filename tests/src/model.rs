@@ -24,7 +24,8 @@ pub fn smollm2() -> Result<PathBuf> {
     Ok(path)
 }
 
-fn cache() -> PathBuf {
+/// Where the scripts keep what they fetch: `PIPIT_CACHE`, else `~/.cache/pipit`.
+pub(crate) fn cache() -> PathBuf {
     let set = |name| {
         env::var_os(name)
             .filter(|value| !value.is_empty())

@@ -67,6 +67,8 @@ enum OnDelivery {
 /// All state of the daemon.
 pub struct Service {
     config: Config,
+    /// Names of the configured LoRA adapters.
+    adapters: Vec<String>,
     topics: Topics,
     bounds: Bounds,
     link: Link,
@@ -128,6 +130,7 @@ impl Service {
         worker: Worker,
     ) -> Self {
         Self {
+            adapters: config.adapters.keys().cloned().collect(),
             topics: Topics::new(&config.root, &config.device),
             bounds: Bounds {
                 bytes: config.journal.bytes,

@@ -12,7 +12,7 @@ use crate::journal::table::Stage;
 use crate::journal::{Key, Record, StoredAnswer};
 use crate::mqtt::{Ack, Incoming};
 use crate::reply;
-use crate::wire::{Envelope, ErrorCode, Request, request};
+use crate::wire::{Cancel, Envelope, ErrorCode, Request, Rules, request};
 
 impl Service {
     pub(super) fn message(&mut self, message: &Incoming) {
@@ -42,12 +42,13 @@ impl Service {
             content_type: message.content_type.as_deref(),
             expiry_s: message.expiry_s,
         };
-        let parsed = request::parse(
-            &envelope,
-            &self.topics,
-            &self.config.reply.prefixes,
-            &self.config.limits,
-        );
+        let rules = Rules {
+            topics: &self.topics,
+            prefixes: &self.config.reply.prefixes,
+            limits: &self.config.limits,
+            adapters: &self.adapters,
+        };
+        let parsed = request::parse(&envelope, &rules);
         let mut request = match parsed {
             Ok(request) => Box::new(request),
             Err(rejection) => {
@@ -185,11 +186,13 @@ impl Service {
     }
 
     fn cancel(&mut self, payload: &[u8]) {
-        let text = String::from_utf8_lossy(payload);
-        let id = serde_json::from_str::<serde_json::Value>(&text)
-            .ok()
-            .and_then(|value| value.get("id").and_then(|id| id.as_str()).map(ToOwned::to_owned))
-            .unwrap_or_else(|| text.trim().to_owned());
+        let Some(Cancel { id }) = Cancel::parse(payload) else {
+            tracing::debug!(
+                "a message on {} that is no cancel is ignored",
+                self.topics.cancel()
+            );
+            return;
+        };
         let keys: Vec<Key> = self
             .table
             .entries()
