@@ -14,6 +14,7 @@ use crate::journal::writer::Writer;
 use crate::journal::{Journal, JournalError};
 use crate::model::{self, ModelError};
 use crate::mqtt::{self, Link, LinkError};
+use crate::plan::{self, Plan, PlanError};
 use crate::wire::Topics;
 use crate::worker::{self, Worker};
 
@@ -33,6 +34,9 @@ pub enum DaemonError {
     /// The model.
     #[error(transparent)]
     Model(#[from] ModelError),
+    /// Settings that no plan can be made for.
+    #[error(transparent)]
+    Plan(#[from] PlanError),
     /// The journal.
     #[error(transparent)]
     Journal(#[from] JournalError),
@@ -69,6 +73,7 @@ pub async fn serve(
     config.check()?;
     let model = config.model.path.clone().ok_or(DaemonError::NoModel)?;
     let header = model::inspect(&model)?;
+    let plan = Plan::of(&header, &plan::Settings::of(&config)?);
     let state = state_folder(&config)?;
     let _lock = lock(&state)?;
     let (journal, replayed) = Journal::open(&state.join("journal"))?;
@@ -100,6 +105,8 @@ pub async fn serve(
             threads: config.model.threads,
             prefill_chunk: config.model.prefill_chunk,
         },
+        plan,
+        memory_bytes: config.model.memory_bytes,
         hang: Duration::from_secs(config.model.hang_s),
         verbose,
     });

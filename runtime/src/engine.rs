@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::kernels;
 use crate::wire::{ErrorCode, Message};
 
 pub mod llama;
@@ -193,6 +194,15 @@ impl JobError {
 pub fn run() -> anyhow::Result<()> {
     // Should the daemon die without closing the pipe (it holds the only write end, so it cannot), this ends us too.
     rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))?;
+    // Before llama.cpp is touched: an illegal instruction says nothing.
+    let lacking = kernels::lacking();
+    if !lacking.is_empty() {
+        let message = kernels::refusal(&lacking);
+        send(&FromWorker::Unloadable {
+            message: message.clone(),
+        })?;
+        anyhow::bail!(message);
+    }
     let inbox = read_frames()?;
     let settings = match inbox.recv() {
         Ok(ToWorker::Load(settings)) => settings,
