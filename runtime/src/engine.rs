@@ -60,6 +60,25 @@ pub struct Settings {
     pub prefix_disk: Option<prefix::disk::Place>,
 }
 
+impl Settings {
+    /// For one sequence at a time, with nothing kept: to measure a model.
+    pub fn alone(model: PathBuf, n_ctx: u32, threads: u32, cache_type: &str) -> Self {
+        Self {
+            model,
+            n_ctx,
+            slots: 1,
+            threads,
+            cache_type_k: cache_type.to_owned(),
+            cache_type_v: cache_type.to_owned(),
+            prefill_chunk: llama::N_BATCH,
+            prefill_ms: u32::MAX,
+            adapters: BTreeMap::new(),
+            prefix_entries: 0,
+            prefix_disk: None,
+        }
+    }
+}
+
 /// One request, ready to run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Job {
