@@ -96,6 +96,9 @@ pub struct Job {
     pub adapter: Option<String>,
     /// Whether the text is wanted piece by piece.
     pub stream: bool,
+    /// Milliseconds from now by which the work must have begun.
+    #[serde(default)]
+    pub deadline_ms: Option<u64>,
 }
 
 /// From the daemon.
@@ -231,6 +234,9 @@ pub enum JobError {
     /// The adapter was not loaded.
     #[error("the adapter `{0}` could not be loaded; hint: the device's log says why")]
     Adapter(String),
+    /// It had to wait too long.
+    #[error("the deadline passed before the work began")]
+    Expired,
     /// The client does not want it any more.
     #[error("cancelled")]
     Cancelled,
@@ -246,6 +252,7 @@ impl JobError {
             Self::TooLarge { .. } => ErrorCode::TooLarge,
             Self::Template(_) | Self::Schema(_) => ErrorCode::InvalidRequest,
             Self::Adapter(_) => ErrorCode::ModelUnavailable,
+            Self::Expired => ErrorCode::Expired,
             Self::Cancelled => ErrorCode::Cancelled,
             Self::Llama(_) => ErrorCode::Internal,
         }

@@ -1,8 +1,11 @@
 //! Admission: a waiting request gets a slot, and with it whatever was computed before of its prompt.
 
+use std::time::Instant;
+
 use llama_cpp_2::token::LlamaToken;
 
 use super::{LEAST_ENTRY, Scheduler};
+use crate::engine::JobError;
 use crate::engine::prefix::{common, disk};
 use crate::engine::slot::Slot;
 
@@ -24,6 +27,7 @@ impl Scheduler {
     /// Lets in who waits, in order, as long as there are slots and cells; then lets followers take over what their
     /// leaders have computed.
     pub(super) fn admit(&mut self) {
+        self.expire();
         while let Some(slot) = self.waiting.front() {
             if self.sequences.is_empty() || self.slots.len() >= self.most {
                 break;
@@ -50,6 +54,22 @@ impl Scheduler {
         }
         self.follow();
         self.mark_beginnings();
+    }
+
+    /// Those whose deadline has passed cost nothing more.
+    fn expire(&mut self) {
+        let now = Instant::now();
+        let late = |slot: &Slot| slot.deadline.is_some_and(|deadline| deadline <= now);
+        let jobs: Vec<u64> = self
+            .waiting
+            .iter()
+            .filter(|slot| late(slot))
+            .map(|slot| slot.job)
+            .collect();
+        self.waiting.retain(|slot| !late(slot));
+        for job in jobs {
+            self.fail(job, &JobError::Expired);
+        }
     }
 
     /// The longest beginning of `tokens` that an entry or a slot has, or will have soon.
