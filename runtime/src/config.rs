@@ -385,7 +385,10 @@ impl Config {
             ));
         }
         if self.model.n_ctx < 16 || self.model.hang_s < 10 || self.model.slots == 0 {
-            return Err(value("model", "n_ctx must be at least 16, hang_s at least 10, slots at least 1"));
+            return Err(value(
+                "model",
+                "n_ctx must be at least 16, hang_s at least 10, slots at least 1",
+            ));
         }
         Address::parse(&self.broker.url).map(drop)
     }

@@ -9,6 +9,7 @@ pub mod clock;
 pub mod config;
 pub mod daemon;
 pub mod engine;
+pub mod fault;
 pub mod health;
 pub mod journal;
 pub mod model;
