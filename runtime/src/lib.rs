@@ -13,6 +13,7 @@ pub mod cores;
 pub mod daemon;
 pub mod doctor;
 pub mod engine;
+pub mod fault;
 pub mod health;
 pub mod journal;
 pub mod kernels;

@@ -33,7 +33,7 @@ use rumqttc::{
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
-use crate::clock;
+use crate::{clock, fault};
 
 pub mod message;
 
@@ -334,6 +334,13 @@ impl Task {
                     "the broker disconnects: {:?}",
                     disconnect.reason_code
                 )));
+            }
+            // Both are on the wire now.
+            rumqttc::Event::Outgoing(rumqttc::Outgoing::PubAck(_)) => fault::passed(fault::Point::AfterAck),
+            rumqttc::Event::Outgoing(rumqttc::Outgoing::Publish(packet))
+                if packet != 0 && self.outbox.values().any(|message| !message.retain) =>
+            {
+                fault::passed(fault::Point::AfterFinal);
             }
             _ => {}
         }
