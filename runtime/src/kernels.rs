@@ -121,10 +121,10 @@ fn names(which: impl Fn(&Instructions) -> bool) -> Vec<&'static str> {
 /// llama.cpp's own words: `CPU : SSE3 = 1 | AVX = 1 | …`. Only for a CPU that [`lacking`] finds nothing on.
 #[expect(unsafe_code, reason = "llama-cpp-2 does not wrap this function")]
 pub fn system_info() -> String {
-    // SAFETY: it takes nothing and returns a string that ends with 0 and lives until the next call; nothing else in
-    // this program calls it, and the lock makes the calls from here follow each other.
     static CALLS: std::sync::Mutex<()> = std::sync::Mutex::new(());
     let _one = CALLS.lock();
+    // SAFETY: it takes nothing and returns a string that ends with 0 and lives until the next call; nothing else in
+    // this program calls it, and the lock makes the calls from here follow each other.
     let text = unsafe { CStr::from_ptr(llama_cpp_sys_2::llama_print_system_info()) };
     text.to_string_lossy().into_owned()
 }

@@ -182,7 +182,7 @@ impl Plan {
             Row {
                 what: "daemon",
                 bytes: DAEMON,
-                how: "at most, by test".to_owned(),
+                how: "the most that it is meant to take, without the journal".to_owned(),
             },
             Row {
                 what: "journal",

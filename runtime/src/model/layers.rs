@@ -139,7 +139,7 @@ fn parts(architecture: &str, keys: &Keys, at: u64, heads_kv: u64, feed_forward: 
             let recurs = keys.at("attention.recurrent_layers", at).map_or_else(
                 || {
                     let interval = keys.number("full_attention_interval").unwrap_or(4).max(1);
-                    (at + 1) % interval != 0
+                    !(at + 1).is_multiple_of(interval)
                 },
                 |recurs| recurs != 0,
             );
@@ -200,7 +200,7 @@ fn window(architecture: &str, keys: &Keys, at: u64, count: u64) -> Option<u64> {
     } else {
         match keys.number(key).unwrap_or(pattern) {
             0 => true,
-            pattern if architecture == "smallthinker" => at % pattern != 0,
+            pattern if architecture == "smallthinker" => !at.is_multiple_of(pattern),
             pattern => at % pattern < pattern - 1,
         }
     };

@@ -12,6 +12,8 @@ const CELLS: u64 = 256;
 const CELL: u64 = 64;
 /// Code, libraries, heap and threads of a worker; measured.
 const WORKER: u64 = 14 << 20;
+/// What llama.cpp keeps of a node of the graph: its tensor in three graphs, its places in the scheduler's tables.
+const NODE: u64 = 2048;
 /// Text, score, attributes, hash entry and piece of one token, and of one merge; measured.
 const TOKEN: u64 = 220;
 const MERGE: u64 = 170;
@@ -124,7 +126,7 @@ fn window_cells(window: u64, cells_of_all: u64, settings: &Settings) -> u64 {
     cells(wanted.min(cells_of_all))
 }
 
-/// The largest graph: activations of one batch in f32, masks over the caches in f16, and ggml's work buffer, which
+/// The largest graph: its nodes, activations of one batch in f32, masks over the caches in f16, and ggml's work buffer, which
 /// holds the quantised activations of one multiplication and each thread's tiles of flash attention.
 fn compute(header: &Header, settings: &Settings, masked_cells: u64) -> u64 {
     let tokens = u64::from(settings.n_ubatch.min(settings.n_ctx));
@@ -156,18 +158,22 @@ fn compute(header: &Header, settings: &Settings, masked_cells: u64) -> u64 {
         .saturating_add(2 * 64 * 64)
         .saturating_mul(4);
     let tiles = tile.saturating_mul(settings.threads.into());
-    [activations, masks, quantised, tiles]
+    // llama_context::graph_max_nodes: the graph's own memory is zeroed, so all of it is resident.
+    let nodes = (header.tensors.len() as u64).saturating_mul(8).max(1024);
+    let graph = nodes.saturating_mul(NODE);
+    [activations, masks, quantised, tiles, graph]
         .into_iter()
         .fold(0, u64::saturating_add)
 }
 
 /// One row of logits in the graph and one in the output buffer for each sequence that may have one, and the
-/// candidates (token, logit, probability) of each slot's sampler.
+/// candidates (token, logit, probability) of each slot's sampler; llama.cpp keeps a list of all tokens besides.
 fn logits(header: &Header, settings: &Settings) -> u64 {
     let (slots, sequences) = (u64::from(settings.slots), u64::from(settings.sequences));
     let for_each_token = sequences
         .saturating_mul(4)
         .saturating_add(slots.saturating_mul(4))
-        .saturating_add(slots.saturating_mul(12));
+        .saturating_add(slots.saturating_mul(12))
+        .saturating_add(4);
     header.vocabulary.saturating_mul(for_each_token)
 }
