@@ -27,7 +27,7 @@ pub use weights::Repack;
 /// The daemon beside the worker.
 const DAEMON: u64 = 15 << 20;
 /// Sequences of the context besides those of slots and of kept beginnings.
-const SPARE_SEQUENCES: u32 = 4;
+const SPARE_SEQUENCES: u32 = 1;
 
 /// What the memory depends on, besides the model.
 #[derive(Clone, Debug, PartialEq, Eq)]
