@@ -20,6 +20,8 @@ fn request(id: &str) -> Request {
         sampling: Sampling::default(),
         max_tokens: 5,
         stop: vec!["x".to_owned()],
+        schema: None,
+        adapter: None,
         stream: true,
         deadline_ms: Some(9),
         priority: 1,
