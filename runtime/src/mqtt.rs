@@ -328,7 +328,7 @@ impl Task {
                 });
             }
             rumqttc::Event::Incoming(Packet::Publish(publish)) => {
-                let incoming = session.receive(publish, self.epoch);
+                let incoming = session.receive(&publish, self.epoch);
                 self.event(Event::Message(Box::new(incoming))).await?;
             }
             rumqttc::Event::Incoming(Packet::Disconnect(disconnect)) => {
@@ -499,7 +499,7 @@ impl Task {
 }
 
 impl Session {
-    fn receive(&mut self, publish: Publish, epoch: u64) -> Incoming {
+    fn receive(&mut self, publish: &Publish, epoch: u64) -> Incoming {
         let properties = publish.properties.clone().unwrap_or_default();
         let ack = (publish.qos != QoS::AtMostOnce).then(|| {
             self.received += 1;
@@ -525,7 +525,7 @@ impl Session {
                 topic: Vec::new().into(),
                 payload: Vec::new().into(),
                 properties: None,
-                ..publish
+                ..*publish
             };
             self.unacked.push_back((ack.number, publish, false));
         }
