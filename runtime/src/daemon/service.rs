@@ -35,8 +35,8 @@ mod work;
 const AHEAD: usize = 2;
 /// Final answers that may wait for the broker's PUBACK at a time; the others wait in the table.
 const WINDOW: usize = 32;
-/// Refusals that may wait for a PUBACK; the messages of the others are not acknowledged, so that the broker holds the
-/// flood back and it takes no memory here.
+/// Refusals that may wait for a PUBACK. What they refuse is acknowledged when the link has them, and not before: so
+/// the broker holds a flood back, and it takes no memory here.
 const REFUSALS: usize = 128;
 /// A request that has ended the worker this often is answered with an error.
 const MOST_ATTEMPTS: u32 = 3;

@@ -206,6 +206,9 @@ pub struct Rules<'a> {
     pub adapters: &'a [String],
 }
 
+/// Longest Correlation Data that is accepted.
+const CORRELATION_BYTES: usize = 1024;
+
 /// Why a request is refused, before it is known where to say so.
 type Refusal = (ErrorCode, String);
 
@@ -243,7 +246,10 @@ impl Draft {
         let id = envelope.correlation.map_or_else(generated_id, correlation_id);
         let reply = Reply {
             topic: topics.answer(&id),
-            correlation: envelope.correlation.map(<[u8]>::to_vec),
+            correlation: envelope
+                .correlation
+                .filter(|data| data.len() <= CORRELATION_BYTES)
+                .map(<[u8]>::to_vec),
             plain: false,
         };
         Self {
@@ -275,8 +281,10 @@ impl Draft {
             topics.check_reply(topic, prefixes).map_err(invalid)?;
             self.request.reply.topic = topic.to_owned();
         }
-        if envelope.correlation.is_some_and(|data| data.len() > 1024) {
-            return Err(invalid("Correlation Data is longer than 1024 bytes"));
+        if envelope.correlation.is_some() && self.request.reply.correlation.is_none() {
+            return Err(invalid(format!(
+                "Correlation Data is longer than {CORRELATION_BYTES} bytes"
+            )));
         }
         if envelope.payload.len() > limits.request_bytes {
             return Err((

@@ -112,18 +112,18 @@ impl Service {
         }
     }
 
-    /// Gives refusals to the link, as many as may wait for a PUBACK.
+    /// Gives refusals to the link: so many at QoS 1, and as many more at QoS 0, which need not wait for the broker.
     pub(super) fn publish_refusals(&mut self) {
-        while self.refusing.len() < REFUSALS {
+        while self.refusing.len() < 2 * REFUSALS {
             let Some((ack, answer)) = self.refusals.pop_front() else {
                 return;
             };
             let token = self.number();
             let correlation = answer.reply.correlation.clone();
-            if !self
-                .link
-                .publish(reply::message(&self.author, &answer, correlation, token))
-            {
+            let mut message = reply::message(&self.author, &answer, correlation, token);
+            // In a flood their PUBACKs are far behind the flood itself.
+            message.at_most_once = self.refusing.len() >= REFUSALS;
+            if !self.link.publish(message) {
                 self.refusals.push_front((ack, answer));
                 return;
             }
