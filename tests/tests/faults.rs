@@ -180,6 +180,39 @@ fn a_broker_that_dies_and_remembers_costs_no_answer() -> Result<()> {
     broker_dies(Broker::persistent()?, "persistent")
 }
 
+#[test]
+fn a_request_that_comes_again_is_not_run_again_at_any_stage() -> Result<()> {
+    let model = Tiny::make()?;
+    let broker = Broker::forgetful()?;
+    let (mut device, client) = world(&broker, "again", &model)?;
+    device.restart(&broker)?;
+    let worker = device.worker()?;
+    let send_thrice = || {
+        for number in 0..30 {
+            let id = format!("a{}", number % 10);
+            client.send(device.request(&id, "Say something.", 16));
+        }
+    };
+    process::signal("STOP", worker)?;
+    for number in 0..10 {
+        let id = format!("a{number}");
+        client.ask(&id, device.request(&id, "Say something.", 16));
+    }
+    // While it waits, and when it was answered.
+    send_thrice();
+    wait_for_counter(&device, &client, "duplicates", 30)?;
+    process::signal("CONT", worker)?;
+    client.wait_answered(PATIENCE)?;
+    send_thrice();
+    wait_for_counter(&device, &client, "duplicates", 60)?;
+    settle(&device, &client)?;
+    let again = client.check_promise()?;
+    ensure!(again == 30, "each one after the answer gets it: {again}");
+    wait_for_counter(&device, &client, "answered", 11)?;
+    ensure!(counter(&device, &client, "answered") == 11);
+    Ok(())
+}
+
 /// The broker's process stands still with all connections open. What is sent to it goes nowhere, and says nothing.
 #[test]
 fn a_half_open_link_is_noticed_and_costs_no_answer() -> Result<()> {
