@@ -145,11 +145,9 @@ impl Scheduler {
         if self.pool.free() + evictable < need && !alone {
             return false;
         }
-        if let Some(spared) = spared {
-            self.prefixes.touch(spared);
-        }
         while self.pool.free() < need {
-            let Some(sequence) = self.prefixes.evict(&mut self.pool) else {
+            let others = self.prefixes.evict(spared, &mut self.pool);
+            let Some(sequence) = others.or_else(|| self.prefixes.evict(None, &mut self.pool)) else {
                 // Alone, with the whole context: what does not fit is cut when it gets there.
                 return alone;
             };
@@ -192,7 +190,7 @@ impl Scheduler {
         let Some(cells) = cells.filter(|cells| cells.len() >= count).cloned() else {
             return;
         };
-        self.prefixes.touch(from);
+        self.prefixes.touch(from, count);
         self.llama.copy(from, slot.sequence, count);
         slot.cells = self.pool.share(&cells, count);
         if slot.is_prefilling() {
