@@ -119,8 +119,13 @@ impl Prefixes {
     }
 
     /// Takes out the entry that is likeliest of no use: one that never was before one that was, and the one whose last use
-    /// is longest ago; returns its sequence.
-
+    /// is longest ago, but not the one with the sequence `spared`; returns its sequence.
+    pub fn evict(&mut self, spared: Option<i32>, pool: &mut Pool) -> Option<i32> {
+        let entries = self.entries.iter();
+        let least = entries
+            .filter(|entry| Some(entry.sequence) != spared)
+            .min_by_key(|entry| (entry.proven, entry.used))?
+            .sequence;
         self.remove(least, pool);
         Some(least)
     }
@@ -128,7 +133,9 @@ impl Prefixes {
     /// Takes out an entry when there are too many that were never of use; returns its sequence.
     pub fn thin(&mut self, pool: &mut Pool) -> Option<i32> {
         let unproven = self.entries.iter().filter(|entry| !entry.proven).count();
-        (unproven > MOST_UNPROVEN).then(|| self.evict(None, pool)).flatten()
+        (unproven > MOST_UNPROVEN)
+            .then(|| self.evict(None, pool))
+            .flatten()
     }
 
     fn remove(&mut self, sequence: i32, pool: &mut Pool) {
