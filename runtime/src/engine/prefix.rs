@@ -185,7 +185,8 @@ mod tests {
         assert!(prefixes.covers(None, &tokens(&[1])) && !prefixes.covers(None, &tokens(&[1, 2, 3])));
         prefixes.touch(first, 2);
         assert_eq!(prefixes.evict(None, &mut pool), Some(second));
-        assert_eq!(prefixes.supersede(None, &tokens(&[1, 2, 9]), &mut pool), [first]);
+        let superseded = prefixes.supersede(None, &tokens(&[1, 2, 9]), &mut pool);
+        assert_eq!(superseded, (vec![first], true));
         assert_eq!((pool.free(), prefixes.entries().len()), (15, 1));
         assert_eq!(common(&tokens(&[1, 2, 3]), &tokens(&[1, 2, 4, 5])), 2);
     }

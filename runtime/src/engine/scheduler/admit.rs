@@ -159,7 +159,7 @@ impl Scheduler {
     /// Gives a new slot its beginning: from another sequence, or from the disk when that has more.
     fn restore(&mut self, slot: &mut Slot, source: Option<Source>) {
         let known = source.map_or(0, |source| source.count);
-        if self.from_disk(slot, known) {
+        if self.restore_from_disk(slot, known) {
             return;
         }
         let Some(source) = source else {
@@ -245,10 +245,10 @@ impl Scheduler {
                 self.enter(from, adapter, &tokens, &cells);
             }
         }
-        self.to_disk();
+        self.write_to_disk();
     }
 
-    fn from_disk(&mut self, slot: &mut Slot, known: usize) -> bool {
+    fn restore_from_disk(&mut self, slot: &mut Slot, known: usize) -> bool {
         let Some(found) = self
             .disk
             .as_mut()
@@ -284,7 +284,7 @@ impl Scheduler {
     }
 
     /// Writes to the disk what more than one prompt began with.
-    fn to_disk(&mut self) {
+    fn write_to_disk(&mut self) {
         let Some(disk) = &mut self.disk else {
             return;
         };
