@@ -64,7 +64,7 @@ mod tests {
     #[test]
     fn steps_take_the_time_that_was_asked_for() {
         let mut pace = Pace::new(Duration::from_millis(500), 512);
-        assert_eq!(pace.tokens(1000, false), 63);
+        assert_eq!(pace.tokens(1000, false), 77);
         for _ in 0..20 {
             pace.took(64, Duration::from_millis(640));
         }
