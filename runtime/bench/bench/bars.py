@@ -50,6 +50,8 @@ def one_client(found):
                  "llama-bench", "tokens/s", 0.97),
         at_least("one client: decode, client's clock", decode["pipit"]["client_clock"]["median"],
                  decode["llama-server"]["client_clock"]["median"], "llama-server", "tokens/s", None),
+        at_least("one client: decode, client's clock, mosquitto without set_tcp_nodelay",
+                 found["nagle"]["client_clock"]["median"], bench, "llama-bench", "tokens/s", None),
     ]
     for first in found["first"]:
         own, other = first["pipit"]["first_ms"]["median"], first["llama-server"]["first_ms"]["median"]

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from .clients import together
-from .peers import LlamaServer, Ollama, Pipit, llama_bench
+from .peers import Broker, LlamaServer, Ollama, Pipit, llama_bench
 from .processes import program
 from .prompts import Prompts
 
@@ -85,6 +85,14 @@ class Bench:
                               "fdatasync_ms": spread(fdatasync(self.setup.scratch, 20))}
             for client in clients.values():
                 client.close()
+        with Broker(self.setup.scratch, nodelay=False) as plain, \
+                Pipit(self.setup, plain, self.context, slots=8) as pipit:
+            client = pipit.client()
+            client.ask(prompts.story(4))
+            decoded = [client.ask(prompts.story(counts.decode_tokens, stream=True)) for _ in range(counts.decode)]
+            result["nagle"] = {"client_clock": spread(answer.streamed_rate for answer in decoded),
+                               "refused_ms": spread(client.refused() for _ in range(20))}
+            client.close()
         return result
 
     def crowd(self):

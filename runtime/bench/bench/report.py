@@ -46,8 +46,10 @@ def path(one):
     header = ["tokens of the prompt", "pipit: prefill, ms", "pipit: all else, ms", "llama-server: prefill, ms",
               "llama-server: all else, ms"]
     refused, sync = one["path"]["refused_ms"]["median"], one["path"]["fdatasync_ms"]["median"]
+    nagle = one["nagle"]["refused_ms"]["median"]
     return (f"{table(header, rows)}\n\nOf pipit's other time, {refused:.1f} ms are the way through broker and daemon and "
-            f"back (measured with a request that is refused at once), and {sync:.1f} ms one fdatasync of the journal.")
+            f"back (measured with a request that is refused at once; {nagle:.1f} ms where mosquitto lacks "
+            f"`set_tcp_nodelay true`), and {sync:.1f} ms one fdatasync of the journal.")
 
 
 def grown(growth):
