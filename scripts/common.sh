@@ -47,3 +47,16 @@ make_venv() {
     "$dir/bin/python" -m pip install --quiet --disable-pip-version-check -r "$requirements"
     printf '%s\n' "$stamp" >"$dir/.whole"
 }
+
+# make_node_modules DIR PACKAGE: DIR/node_modules with just what PACKAGE/package-lock.json names; reused while that is
+# the same.
+make_node_modules() {
+    local dir=$1 package=$2 stamp
+    stamp="$(sha256sum <"$package/package-lock.json" | cut -d' ' -f1) $(node --version)"
+    if [[ -f $dir/.whole && $(<"$dir/.whole") == "$stamp" ]]; then return; fi
+    rm -rf "$dir"
+    mkdir -p "$dir"
+    cp "$package/package.json" "$package/package-lock.json" "$dir"
+    (cd "$dir" && npm ci --ignore-scripts --no-audit --no-fund --loglevel=error) >&2 || return
+    printf '%s\n' "$stamp" >"$dir/.whole"
+}

@@ -10,12 +10,16 @@ use pipit::mqtt::LinkError;
 use tracing_subscriber::EnvFilter;
 
 mod ask;
+mod bench;
+mod check;
 mod config;
 mod serve;
 mod worker;
 
 /// Exit codes besides 0, 1 and clap's 2.
 mod code {
+    /// A file is not the one that was meant.
+    pub(super) const VERIFICATION: u8 = 3;
     /// No answer in time.
     pub(super) const TIMED_OUT: u8 = 27;
     /// EX_UNAVAILABLE: the broker is not there, or its port cannot be had.
@@ -36,11 +40,12 @@ struct Cli {
 const EXAMPLES: &str = "\
 Examples:
   pipit serve --model SmolLM2-135M-Instruct.Q4_1.gguf
+  pipit check --model SmolLM2-135M-Instruct.Q4_1.gguf
   pipit ask 'Turn on the kitchen light' --stream
   pipit serve --model model.gguf --broker mqtt://broker.local --device kitchen
   mosquitto_rr -V 5 -t pipit/v1/kitchen/req -e reply/me -m 'Turn on the kitchen light'
 
-Exit codes: 0 done, 1 failed, 2 usage, 27 timed out waiting for an answer, 69 broker unavailable, 78 bad configuration";
+Exit codes: 0 done, 1 failed, 2 usage, 3 verification failed, 27 timed out waiting for an answer, 69 broker unavailable, 78 bad configuration";
 
 #[derive(Debug, Args)]
 struct Common {
@@ -60,6 +65,10 @@ enum Command {
     Ask(Box<ask::Args>),
     /// Show, check and generate the configuration
     Config(config::Args),
+    /// Look at everything that `serve` needs: CPU, memory, disk, broker, model
+    Check(Box<check::Args>),
+    /// Measure prefill and decode of a model on this machine
+    Bench(bench::Args),
     /// The process that runs the model; `serve` starts it
     #[command(hide = true)]
     Worker,
@@ -114,6 +123,8 @@ pub(crate) fn run() -> ExitCode {
         Command::Serve(args) => serve::run(&args, cli.common.verbose > 0),
         Command::Ask(args) => ask::run(&args),
         Command::Config(args) => config::run(&args),
+        Command::Check(args) => check::run(&args),
+        Command::Bench(args) => bench::run(&args),
         Command::Worker => return worker::run(),
     };
     match result {
@@ -142,7 +153,11 @@ fn code_of(error: &anyhow::Error) -> u8 {
     }
     match error.downcast_ref::<DaemonError>() {
         Some(
-            DaemonError::Config(_) | DaemonError::NoModel | DaemonError::Model(_) | DaemonError::Link(_),
+            DaemonError::Config(_)
+            | DaemonError::NoModel
+            | DaemonError::Model(_)
+            | DaemonError::Plan(_)
+            | DaemonError::Link(_),
         ) => code::CONFIG,
         #[cfg(feature = "embedded-broker")]
         Some(DaemonError::Broker(_)) => code::UNAVAILABLE,

@@ -15,6 +15,7 @@ use crate::journal::writer::Writer;
 use crate::journal::{Journal, JournalError};
 use crate::model::{self, ModelError};
 use crate::mqtt::{self, Link, LinkError};
+use crate::plan::{self, Plan, PlanError};
 use crate::wire::Topics;
 use crate::worker::{self, Worker};
 
@@ -34,6 +35,9 @@ pub enum DaemonError {
     /// The model.
     #[error(transparent)]
     Model(#[from] ModelError),
+    /// Settings that no plan can be made for.
+    #[error(transparent)]
+    Plan(#[from] PlanError),
     /// The journal.
     #[error(transparent)]
     Journal(#[from] JournalError),
@@ -70,6 +74,7 @@ pub async fn serve(
     config.check()?;
     let model = config.model.path.clone().ok_or(DaemonError::NoModel)?;
     let header = model::inspect(&model)?;
+    let plan = Plan::of(&header, &plan::Settings::of(&config)?);
     let state = state_folder(&config)?;
     let _lock = lock(&state)?;
     let (journal, replayed) = Journal::open(&state.join("journal"))?;
@@ -96,6 +101,8 @@ pub async fn serve(
     let (worker, mut worker_events) = Worker::start(worker::Options {
         program: std::env::current_exe()?,
         settings: engine_settings(&config, &model, &state)?,
+        plan,
+        memory_bytes: config.model.memory_bytes,
         hang: Duration::from_secs(config.model.hang_s),
         verbose,
     });

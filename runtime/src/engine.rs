@@ -60,6 +60,25 @@ pub struct Settings {
     pub prefix_disk: Option<prefix::disk::Place>,
 }
 
+impl Settings {
+    /// For one sequence at a time, with nothing kept: to measure a model.
+    pub fn alone(model: PathBuf, n_ctx: u32, threads: u32, cache_type: &str) -> Self {
+        Self {
+            model,
+            n_ctx,
+            slots: 1,
+            threads,
+            cache_type_k: cache_type.to_owned(),
+            cache_type_v: cache_type.to_owned(),
+            prefill_chunk: llama::N_BATCH,
+            prefill_ms: u32::MAX,
+            adapters: BTreeMap::new(),
+            prefix_entries: 0,
+            prefix_disk: None,
+        }
+    }
+}
+
 /// One request, ready to run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Job {
@@ -77,6 +96,9 @@ pub struct Job {
     pub adapter: Option<String>,
     /// Whether the text is wanted piece by piece.
     pub stream: bool,
+    /// Milliseconds from now by which the work must have begun.
+    #[serde(default)]
+    pub deadline_ms: Option<u64>,
 }
 
 /// From the daemon.
@@ -212,6 +234,9 @@ pub enum JobError {
     /// The adapter was not loaded.
     #[error("the adapter `{0}` could not be loaded; hint: the device's log says why")]
     Adapter(String),
+    /// It had to wait too long.
+    #[error("the deadline passed before the work began")]
+    Expired,
     /// The client does not want it any more.
     #[error("cancelled")]
     Cancelled,
@@ -227,6 +252,7 @@ impl JobError {
             Self::TooLarge { .. } => ErrorCode::TooLarge,
             Self::Template(_) | Self::Schema(_) => ErrorCode::InvalidRequest,
             Self::Adapter(_) => ErrorCode::ModelUnavailable,
+            Self::Expired => ErrorCode::Expired,
             Self::Cancelled => ErrorCode::Cancelled,
             Self::Llama(_) => ErrorCode::Internal,
         }

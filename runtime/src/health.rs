@@ -3,76 +3,69 @@
 //! In: counters and facts. Out: JSON payloads, and sd_notify messages when systemd started us. What cannot be
 //! measured on this board is absent, never guessed.
 
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use sd_notify::NotifyState;
-use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
 
 use crate::config::Config;
 use crate::reply::Author;
+pub use crate::wire::State;
+use crate::wire::device::{Board, ModelCard, Versions};
+use crate::wire::{Card, Metrics, Status};
 
-/// State of the device, on the status topic.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum State {
-    /// Connected; no worker yet.
-    Online,
-    /// The worker loads the model.
-    Loading,
-    /// Requests are answered.
-    Ready,
-    /// No model can be loaded.
-    Degraded,
-    /// Gone; also the will.
-    Offline,
-}
+const VERSION: &str = env!("CARGO_PKG_VERSION");
 
 /// Payload of the status topic.
 pub fn status(device: &str, state: State, reason: Option<&str>) -> Vec<u8> {
-    let mut status = json!({ "state": state, "device": device, "version": env!("CARGO_PKG_VERSION") });
-    if let Some(reason) = reason {
-        status["reason"] = Value::from(reason);
-    }
-    status.to_string().into_bytes()
+    json(&Status {
+        state,
+        device: device.to_owned(),
+        version: VERSION.to_owned(),
+        reason: reason.map(ToOwned::to_owned),
+    })
 }
 
 /// Payload of the card: what this device is and serves.
 pub fn card(config: &Config, author: &Author) -> Vec<u8> {
     let model = &author.model;
-    let mut board = json!({ "arch": std::env::consts::ARCH, "os": std::env::consts::OS });
-    if let Ok(name) = std::fs::read_to_string("/proc/device-tree/model") {
-        board["name"] = Value::from(name.trim_end_matches('\0'));
-    }
-    if let Ok(threads) = std::thread::available_parallelism() {
-        board["cpus"] = Value::from(threads.get());
-    }
-    if let Some(kib) = proc_kib("/proc/meminfo", "MemTotal:") {
-        board["memory_bytes"] = Value::from(kib * 1024);
-    }
-    json!({
-        "wire": 1,
-        "device": config.device,
-        "versions": { "pipit": env!("CARGO_PKG_VERSION") },
-        "model": {
-            "name": model.name,
-            "architecture": model.architecture,
-            "quantisation": model.quantisation,
-            "sha256": author.sha256,
-            "bytes": model.bytes,
-            "parameters": model.parameters,
-            "context": model.context,
-            "context_trained": model.context_trained,
-            "chat_template": model.chat_template,
+    json(&Card {
+        wire: 1,
+        device: config.device.clone(),
+        versions: Versions {
+            pipit: VERSION.to_owned(),
         },
-        "adapters": model.adapters,
-        "slots": model.slots,
-        "limits": config.limits,
-        "reply_prefixes": config.reply.prefixes,
-        "board": board,
+        model: ModelCard {
+            name: model.name.clone(),
+            architecture: model.architecture.clone(),
+            quantisation: model.quantisation.clone(),
+            sha256: author.sha256.clone(),
+            bytes: model.bytes,
+            parameters: model.parameters,
+            context: model.context,
+            context_trained: model.context_trained,
+            chat_template: model.chat_template,
+            slots: model.slots,
+        },
+        adapters: model.adapters.clone(),
+        limits: config.limits.clone(),
+        reply_prefixes: config.reply.prefixes.clone(),
+        board: board(),
     })
-    .to_string()
-    .into_bytes()
+}
+
+fn board() -> Board {
+    Board {
+        arch: std::env::consts::ARCH.to_owned(),
+        os: std::env::consts::OS.to_owned(),
+        name: std::fs::read_to_string("/proc/device-tree/model")
+            .ok()
+            .map(|name| name.trim_end_matches('\0').to_owned()),
+        cpus: std::thread::available_parallelism()
+            .ok()
+            .map(|threads| threads.get() as u64),
+        memory_bytes: proc_kib("/proc/meminfo", "MemTotal:").map(|kib| kib * 1024),
+    }
 }
 
 /// Counters since the start.
@@ -107,31 +100,31 @@ pub fn metrics(
     journal_bytes: u64,
     worker: Option<u32>,
 ) -> Vec<u8> {
-    let mut metrics = json!({
-        "uptime_s": started.elapsed().as_secs(),
-        "waiting": waiting,
-        "running": running,
-        "accepted": counters.accepted,
-        "answered": counters.answered,
-        "errors": counters.errors,
-        "duplicates": counters.duplicates,
-        "prompt_tokens": counters.prompt_tokens,
-        "cached_tokens": counters.cached_tokens,
-        "completion_tokens": counters.completion_tokens,
-        "tokens_per_second": (counters.tokens_per_second * 100.0).round() / 100.0,
-        "worker_ends": counters.worker_ends,
-        "journal_bytes": journal_bytes,
-    });
-    if let Some(kib) = proc_kib("/proc/self/status", "VmRSS:") {
-        metrics["daemon_resident_bytes"] = Value::from(kib * 1024);
-    }
-    if let Some(kib) = worker.and_then(|pid| proc_kib(&format!("/proc/{pid}/status"), "VmRSS:")) {
-        metrics["worker_resident_bytes"] = Value::from(kib * 1024);
-    }
-    if let Some(millidegrees) = hottest() {
-        metrics["temperature_c"] = Value::from(millidegrees as f64 / 1000.0);
-    }
-    metrics.to_string().into_bytes()
+    let resident = |file: &str| proc_kib(file, "VmRSS:").map(|kib| kib * 1024);
+    json(&Metrics {
+        uptime_s: started.elapsed().as_secs(),
+        waiting: waiting as u64,
+        running: running as u64,
+        accepted: counters.accepted,
+        answered: counters.answered,
+        errors: counters.errors,
+        duplicates: counters.duplicates,
+        prompt_tokens: counters.prompt_tokens,
+        cached_tokens: counters.cached_tokens,
+        completion_tokens: counters.completion_tokens,
+        tokens_per_second: (counters.tokens_per_second * 100.0).round() / 100.0,
+        worker_ends: counters.worker_ends,
+        journal_bytes,
+        daemon_resident_bytes: resident("/proc/self/status"),
+        worker_resident_bytes: worker.and_then(|pid| resident(&format!("/proc/{pid}/status"))),
+        temperature_c: hottest().map(|millidegrees| millidegrees as f64 / 1000.0),
+        power_w: power(Path::new("/sys/class/hwmon")),
+    })
+}
+
+fn json(value: &impl serde::Serialize) -> Vec<u8> {
+    // Structs of strings and numbers: this cannot fail.
+    serde_json::to_vec(value).unwrap_or_default()
 }
 
 /// A number of KiB behind a label in a file of /proc.
@@ -149,6 +142,26 @@ fn hottest() -> Option<i64> {
         })
         .filter_map(|text| text.trim().parse().ok())
         .max()
+}
+
+/// Watts of the first sensor that measures power: a hardware monitor's own figure in microwatts, or the product of
+/// millivolts and milliamperes on an INA3221's first channel, which is the whole board's on a Jetson.
+/// Source: the kernel's Documentation/hwmon/sysfs-interface and ina3221.
+fn power(monitors: &Path) -> Option<f64> {
+    (0..16).find_map(|at| {
+        let folder = monitors.join(format!("hwmon{at}"));
+        let read = |file: &str| -> Option<f64> {
+            std::fs::read_to_string(folder.join(file))
+                .ok()?
+                .trim()
+                .parse()
+                .ok()
+        };
+        read("power1_input")
+            .or_else(|| read("power1_average"))
+            .map(|microwatts| microwatts / 1e6)
+            .or_else(|| Some(read("in1_input")? * read("curr1_input")? / 1e6))
+    })
 }
 
 /// Speaks with systemd; silent when there is none.
@@ -212,14 +225,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn payloads_are_json() {
-        let status: Value = serde_json::from_slice(&status("d", State::Degraded, Some("why"))).unwrap();
+    fn payloads_are_the_wires_types() {
+        let status: Status = serde_json::from_slice(&status("d", State::Degraded, Some("why"))).unwrap();
         assert_eq!(
-            (status["state"].as_str(), status["reason"].as_str()),
-            (Some("degraded"), Some("why"))
+            (status.state, status.reason.as_deref()),
+            (State::Degraded, Some("why"))
         );
-        let card: Value = serde_json::from_slice(&card(&Config::default(), &Author::default())).unwrap();
-        assert_eq!(card["limits"]["queue"], 1024);
+        let card: Card = serde_json::from_slice(&card(&Config::default(), &Author::default())).unwrap();
+        assert_eq!((card.wire, card.limits.queue), (1, 1024));
+        assert!(card.board.memory_bytes.unwrap() > 1 << 20);
         let payload = metrics(
             &Counters::default(),
             Instant::now(),
@@ -228,8 +242,29 @@ mod tests {
             3,
             Some(std::process::id()),
         );
-        let metrics: Value = serde_json::from_slice(&payload).unwrap();
-        assert_eq!(metrics["waiting"], 1);
-        assert!(metrics["worker_resident_bytes"].as_u64().unwrap() > 1000);
+        let metrics: Metrics = serde_json::from_slice(&payload).unwrap();
+        assert_eq!(
+            (metrics.waiting, metrics.running, metrics.journal_bytes),
+            (1, 2, 3)
+        );
+        assert!(metrics.worker_resident_bytes.unwrap() > 1_000_000);
+    }
+
+    #[test]
+    fn power_of_what_sensor_there_is() {
+        let folder = tempfile::tempdir().unwrap();
+        assert_eq!(power(folder.path()), None);
+        let put = |monitor: &str, file: &str, value: &str| {
+            let monitor = folder.path().join(monitor);
+            std::fs::create_dir_all(&monitor).unwrap();
+            std::fs::write(monitor.join(file), value).unwrap();
+        };
+        put("hwmon0", "temp1_input", "40000\n");
+        put("hwmon2", "in1_input", "5000\n");
+        assert_eq!(power(folder.path()), None);
+        put("hwmon2", "curr1_input", "1500\n");
+        assert_eq!(power(folder.path()), Some(7.5));
+        put("hwmon1", "power1_input", "2500000\n");
+        assert_eq!(power(folder.path()), Some(2.5));
     }
 }

@@ -111,6 +111,8 @@ pub struct Journal {
     file: File,
     /// Length of the part that is known to be whole.
     bytes: u64,
+    /// Length of the part that is known to be on the disk.
+    synced: u64,
 }
 
 /// What was read at the start.
@@ -161,6 +163,7 @@ impl Journal {
                     path: path.to_owned(),
                     file,
                     bytes: MAGIC.len() as u64,
+                    synced: MAGIC.len() as u64,
                 };
                 return Ok((
                     journal,
@@ -185,6 +188,7 @@ impl Journal {
             path: path.to_owned(),
             file,
             bytes: good,
+            synced: good,
         };
         Ok((
             journal,
@@ -206,9 +210,7 @@ impl Journal {
             self.encode(record, &mut out)?;
         }
         if let Err(source) = self.file.write_all(&out) {
-            // Best effort: a tail that cannot be cut now is cut at the next start.
-            let _ = self.file.set_len(self.bytes);
-            let _ = self.file.seek(SeekFrom::Start(self.bytes));
+            self.cut(self.bytes);
             return Err(JournalError::Io {
                 path: self.path.clone(),
                 action: "write",
@@ -222,13 +224,26 @@ impl Journal {
     /// Waits until everything appended is on the disk.
     ///
     /// # Errors
-    /// I/O errors.
+    /// I/O errors. The file is cut back to what the last sync that went well has made safe: a request that its client
+    /// was told of as refused must not be found, and run, at the next start.
     pub fn sync(&mut self) -> Result<(), JournalError> {
-        self.file.sync_data().map_err(|source| JournalError::Io {
-            path: self.path.clone(),
-            action: "sync",
-            source,
-        })
+        if let Err(source) = self.file.sync_data() {
+            self.cut(self.synced);
+            return Err(JournalError::Io {
+                path: self.path.clone(),
+                action: "sync",
+                source,
+            });
+        }
+        self.synced = self.bytes;
+        Ok(())
+    }
+
+    /// Best effort: a torn tail that cannot be cut now is cut at the next start.
+    fn cut(&mut self, bytes: u64) {
+        let _ = self.file.set_len(bytes);
+        let _ = self.file.seek(SeekFrom::Start(bytes));
+        self.bytes = bytes;
     }
 
     /// Replaces the file by one that holds only `records`: a new file beside it, synced, then renamed.
@@ -263,6 +278,7 @@ impl Journal {
             Ok(file) => {
                 self.file = file;
                 self.bytes = out.len() as u64;
+                self.synced = self.bytes;
                 Ok(())
             }
             Err(source) => {

@@ -20,8 +20,8 @@ fn request(id: &str) -> Request {
         sampling: Sampling::default(),
         max_tokens: 5,
         stop: vec!["x".to_owned()],
-        schema: None,
-        adapter: None,
+        schema: Some(serde_json::json!({"type": "object"})),
+        adapter: Some("home".to_owned()),
         stream: true,
         deadline_ms: Some(9),
         priority: 1,
@@ -115,9 +115,28 @@ fn a_full_disk_leaves_the_journal_whole() {
         path: path.to_owned(),
         file,
         bytes: 8,
+        synced: 8,
     };
     let error = journal.append(&[accepted("a")]).unwrap_err();
     assert!(error.to_string().contains("No space left"), "{error}");
+    assert_eq!(journal.bytes(), 8);
+}
+
+#[test]
+fn what_could_not_be_synced_is_cut_off() {
+    // Takes every write and refuses every sync.
+    let path = Path::new("/dev/null");
+    let file = OpenOptions::new().read(true).write(true).open(path).unwrap();
+    let mut journal = Journal {
+        path: path.to_owned(),
+        file,
+        bytes: 8,
+        synced: 8,
+    };
+    journal.append(&[accepted("a")]).unwrap();
+    assert!(journal.bytes() > 8);
+    let error = journal.sync().unwrap_err();
+    assert!(error.to_string().contains("sync"), "{error}");
     assert_eq!(journal.bytes(), 8);
 }
 

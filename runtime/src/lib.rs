@@ -1,18 +1,25 @@
 //! Pipit's runtime: a daemon that answers prompts over MQTT with a small language model, and its client.
 //!
 //! Data flows one way: [`config`] → [`mqtt`] → [`wire`] → [`journal`] → [`queue`] → [`engine`] (in a [`worker`]
-//! process) → [`reply`]; beside them [`model`] and [`health`]. [`daemon`] joins them.
+//! process) → [`reply`]; beside them [`model`] and [`health`]. [`daemon`] joins them, and
+//! [`doctor`] looks at what they need: [`kernels`], [`cores`], the memory [`plan`].
 
+pub mod bench;
 #[cfg(feature = "embedded-broker")]
 pub mod broker;
 pub mod clock;
 pub mod config;
+pub mod cores;
 pub mod daemon;
+pub mod doctor;
 pub mod engine;
+pub mod fault;
 pub mod health;
 pub mod journal;
+pub mod kernels;
 pub mod model;
 pub mod mqtt;
+pub mod plan;
 pub mod queue;
 pub mod reply;
 pub mod wire;

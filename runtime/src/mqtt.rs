@@ -33,7 +33,7 @@ use rumqttc::{
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
-use crate::clock;
+use crate::{clock, fault};
 
 pub mod message;
 
@@ -43,6 +43,8 @@ pub use message::{Ack, Event, Incoming, LinkError, Options, Outgoing};
 const RECEIVE_MAXIMUM: u16 = 32;
 /// Room of the client's own channel, and of ours.
 const CHANNEL: usize = 256;
+/// Room for what comes from the broker: few, because each may be as large as a packet may be.
+const ARRIVALS: usize = 8;
 /// Waits between two attempts to connect.
 const FIRST_WAIT: Duration = Duration::from_millis(200);
 const LONGEST_WAIT: Duration = Duration::from_secs(30);
@@ -69,7 +71,7 @@ impl Link {
     pub fn start(options: Options) -> Result<(Self, mpsc::Receiver<Event>), LinkError> {
         let transport = transport(&options)?;
         let (commands, inbox) = mpsc::channel(CHANNEL);
-        let (events, outbox) = mpsc::channel(CHANNEL);
+        let (events, outbox) = mpsc::channel(ARRIVALS);
         let task = Task {
             options,
             transport,
@@ -214,7 +216,7 @@ impl Task {
             Ok(built) => built,
             Err(error) => return End::Lost(error.to_string()),
         };
-        let (events, polled) = mpsc::channel(CHANNEL);
+        let (events, polled) = mpsc::channel(ARRIVALS);
         // A quiet link answers a ping in each keep-alive interval.
         let patience =
             Duration::from_secs(u64::from(self.options.keep_alive_s)).mul_f64(1.5) + Duration::from_secs(2);
@@ -326,7 +328,7 @@ impl Task {
                 });
             }
             rumqttc::Event::Incoming(Packet::Publish(publish)) => {
-                let incoming = session.receive(publish, self.epoch);
+                let incoming = session.receive(&publish, self.epoch);
                 self.event(Event::Message(Box::new(incoming))).await?;
             }
             rumqttc::Event::Incoming(Packet::Disconnect(disconnect)) => {
@@ -334,6 +336,13 @@ impl Task {
                     "the broker disconnects: {:?}",
                     disconnect.reason_code
                 )));
+            }
+            // Both are on the wire now.
+            rumqttc::Event::Outgoing(rumqttc::Outgoing::PubAck(_)) => fault::passed(fault::Point::AfterAck),
+            rumqttc::Event::Outgoing(rumqttc::Outgoing::Publish(packet))
+                if packet != 0 && self.outbox.values().any(|message| !message.retain) =>
+            {
+                fault::passed(fault::Point::AfterFinal);
             }
             _ => {}
         }
@@ -394,10 +403,9 @@ impl Task {
 
     /// False when the client's channel is full.
     fn try_publish(&self, session: &mut Session, message: Outgoing) -> bool {
-        let qos = if message.token.is_some() {
-            QoS::AtLeastOnce
-        } else {
-            QoS::AtMostOnce
+        let qos = match message.token {
+            Some(_) if !message.at_most_once => QoS::AtLeastOnce,
+            _ => QoS::AtMostOnce,
         };
         let properties = PublishProperties {
             payload_format_indicator: Some(1),
@@ -491,7 +499,7 @@ impl Task {
 }
 
 impl Session {
-    fn receive(&mut self, publish: Publish, epoch: u64) -> Incoming {
+    fn receive(&mut self, publish: &Publish, epoch: u64) -> Incoming {
         let properties = publish.properties.clone().unwrap_or_default();
         let ack = (publish.qos != QoS::AtMostOnce).then(|| {
             self.received += 1;
@@ -512,11 +520,12 @@ impl Session {
             ack,
         };
         if let Some(ack) = ack {
-            // The payload is not needed to acknowledge it.
+            // Only its packet id is needed to acknowledge it; a slice of the rest would keep the whole read buffer.
             let publish = Publish {
+                topic: Vec::new().into(),
                 payload: Vec::new().into(),
                 properties: None,
-                ..publish
+                ..*publish
             };
             self.unacked.push_back((ack.number, publish, false));
         }

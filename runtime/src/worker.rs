@@ -4,7 +4,7 @@
 //! In: frames for the worker. Out: [`Event`]s. The worker is the same program; it ends when this end of its input
 //! closes, and with its parent.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
@@ -13,6 +13,7 @@ use tokio::process::{Child, Command};
 use tokio::sync::mpsc;
 
 use crate::engine::{FromWorker, Settings, ToWorker};
+use crate::plan::{self, Plan};
 
 const FIRST_WAIT: Duration = Duration::from_millis(100);
 const LONGEST_WAIT: Duration = Duration::from_secs(30);
@@ -26,6 +27,10 @@ pub struct Options {
     pub program: PathBuf,
     /// What it is to load.
     pub settings: Settings,
+    /// What it will take: it is not started where there is less.
+    pub plan: Plan,
+    /// Bytes that it may take; 0 is what is available.
+    pub memory_bytes: u64,
     /// Silence after which it is ended.
     pub hang: Duration,
     /// Show llama.cpp's own messages.
@@ -156,6 +161,19 @@ async fn run(options: &Options, inbox: &mut mpsc::Receiver<Order>, events: &mpsc
         status,
         was_ready: false,
     };
+    if let Err(error) = options
+        .plan
+        .check(plan::available(Path::new("/"), options.memory_bytes).as_ref())
+    {
+        let message = error.to_string();
+        return match events
+            .send(Event::Frame(FromWorker::Unloadable { message }))
+            .await
+        {
+            Ok(()) => End::Unloadable,
+            Err(_) => End::Closed,
+        };
+    }
     let mut command = Command::new(&options.program);
     command
         .arg("worker")

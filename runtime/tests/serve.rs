@@ -61,8 +61,9 @@ impl Drop for Process {
 }
 
 /// The device `dev`, on one thread: ggml's threads spin, and tests run side by side.
-fn serve(broker: &str, state: &Path) -> Process {
+fn serve(broker: &str, state: &Path, settings: &[(&str, &str)]) -> Process {
     let child = Command::new(PIPIT)
+        .envs(settings.iter().copied())
         .args(["serve", "--device", "dev", "--threads", "1"])
         .args(["--broker", broker, "--model"])
         .arg(model())
@@ -116,19 +117,24 @@ impl World {
     }
 
     fn serve(&self) -> Process {
-        serve(&self.url(), &self.folder.path().join("state"))
+        self.serve_with(&[])
+    }
+
+    /// With settings as variables.
+    fn serve_with(&self, settings: &[(&str, &str)]) -> Process {
+        serve(&self.url(), &self.folder.path().join("state"), settings)
+    }
+
+    /// The retained status.
+    fn status(&self) -> String {
+        let arguments = ["-t", "pipit/v1/dev/status", "-C", "1", "-W", "2"];
+        let output = self.tool("mosquitto_sub", &arguments).output().unwrap();
+        String::from_utf8_lossy(&output.stdout).into_owned()
     }
 
     fn ready(&self) {
         wait_for("ready", Duration::from_secs(60), || {
-            let output = self
-                .tool(
-                    "mosquitto_sub",
-                    &["-t", "pipit/v1/dev/status", "-C", "1", "-W", "2"],
-                )
-                .output()
-                .unwrap();
-            String::from_utf8_lossy(&output.stdout).contains("\"ready\"")
+            self.status().contains("\"ready\"")
         });
     }
 
@@ -243,7 +249,8 @@ fn gone(pid: u32) -> bool {
 #[test]
 fn answers_over_mqtt() {
     let world = World::new();
-    let mut daemon = world.serve();
+    // One at a time, so that a request has somebody to wait for.
+    let mut daemon = world.serve_with(&[("PIPIT_MODEL__SLOTS", "1")]);
     world.ready();
 
     let whole = world.ask(&["Say hello.", "--max-tokens", "24", "--json"]);
@@ -435,7 +442,7 @@ fn a_prompt_survives_kill_9_of_the_worker_and_of_the_daemon() {
     assert_ne!(workers(&daemon)[0], worker);
 
     // The daemon, after it has taken two requests.
-    let listeners = [world.listen("one", "400", "12"), world.listen("two", "400", "12")];
+    let listeners = [world.listen("one", "1", "90"), world.listen("two", "1", "90")];
     for id in ["one", "two"] {
         let mut body = request(id, prompt, 120);
         body["stream"] = Value::Bool(false);
@@ -454,6 +461,27 @@ fn a_prompt_survives_kill_9_of_the_worker_and_of_the_daemon() {
         assert_eq!(answers.len(), 1, "{answers:?}");
         assert_eq!(content(&answers[0]), content(&reference));
     }
+}
+
+#[test]
+fn an_idle_model_is_unloaded_until_somebody_asks() {
+    let world = World::new();
+    let daemon = world.serve_with(&[("PIPIT_MODEL__IDLE_UNLOAD_S", "1")]);
+    world.ready();
+    wait_for("unloaded", Duration::from_secs(30), || {
+        world.status().contains("\"online\"") && workers(&daemon).is_empty()
+    });
+    assert!(world.status().contains("unloaded"), "{}", world.status());
+    let resident = std::fs::read_to_string(format!("/proc/{}/status", daemon.0.id())).unwrap();
+    let line = resident.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
+    let kib: u64 = line.split_whitespace().nth(1).unwrap().parse().unwrap();
+    assert!(kib < 64 * 1024, "the daemon alone is small: {line}");
+    let answer = world.ask(&["Say hello.", "--max-tokens", "4"]);
+    assert!(answer.status.success(), "{answer:?}");
+    wait_for("unloaded again", Duration::from_secs(30), || {
+        workers(&daemon).is_empty()
+    });
+    assert!(world.ask(&["Say hello.", "--max-tokens", "4"]).status.success());
 }
 
 #[test]
@@ -524,7 +552,7 @@ fn the_embedded_broker_speaks_both_versions() {
     let folder = tempfile::tempdir().unwrap();
     let port = free_port();
     let url = format!("embedded://127.0.0.1:{port}");
-    let mut daemon = serve(&url, folder.path());
+    let mut daemon = serve(&url, folder.path(), &[]);
     wait_for("the broker", Duration::from_secs(20), || {
         TcpStream::connect(("127.0.0.1", port)).is_ok()
     });
@@ -568,7 +596,7 @@ fn the_embedded_broker_speaks_both_versions() {
     );
     daemon.0.kill().unwrap();
     daemon.0.wait().unwrap();
-    let _daemon = serve(&url, folder.path());
+    let _daemon = serve(&url, folder.path(), &[]);
     let output = ask.wait_with_output().unwrap();
     assert!(output.status.success() && output.stdout.len() > 20, "{output:?}");
 }

@@ -27,7 +27,15 @@ impl Broker {
     /// # Errors
     /// When mosquitto is not installed or does not start.
     pub fn forgetful() -> Result<Self> {
-        Self::start(false)
+        Self::start(false, "127.0.0.1")
+    }
+
+    /// One that listens on every address: for a network of the test's own.
+    ///
+    /// # Errors
+    /// When mosquitto is not installed or does not start.
+    pub fn on_every_address() -> Result<Self> {
+        Self::start(false, "0.0.0.0")
     }
 
     /// Starts a broker that keeps sessions and messages over [`Broker::stop`] and [`Broker::restart`].
@@ -35,16 +43,16 @@ impl Broker {
     /// # Errors
     /// When mosquitto is not installed or does not start.
     pub fn persistent() -> Result<Self> {
-        Self::start(true)
+        Self::start(true, "127.0.0.1")
     }
 
-    fn start(persistent: bool) -> Result<Self> {
+    fn start(persistent: bool, address: &str) -> Result<Self> {
         let folder = tempfile::tempdir()?;
         let mut last = None;
         // Another process may take the free port before mosquitto does.
         for _ in 0..5 {
             let port = free_port()?;
-            write_config(folder.path(), port, persistent)?;
+            write_config(folder.path(), address, port, persistent)?;
             match launch(folder.path()) {
                 Ok(process) => {
                     return Ok(Self {
@@ -89,6 +97,26 @@ impl Broker {
             process.kill()?;
         }
         Ok(())
+    }
+
+    /// Stops its process where it stands (SIGSTOP): its connections stay open and nothing is read or said on them.
+    ///
+    /// # Errors
+    /// When it does not run.
+    pub fn pause(&self) -> Result<()> {
+        process::signal("STOP", self.id()?)
+    }
+
+    /// Lets a paused one go on (SIGCONT).
+    ///
+    /// # Errors
+    /// When it does not run.
+    pub fn resume(&self) -> Result<()> {
+        process::signal("CONT", self.id()?)
+    }
+
+    fn id(&self) -> Result<u32> {
+        Ok(self.process.as_ref().context("the broker does not run")?.id())
     }
 
     /// Starts it again on the same port after [`Broker::stop`] or [`Broker::kill`].
@@ -205,10 +233,12 @@ pub fn free_port() -> Result<u16> {
     Ok(TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port())
 }
 
-fn write_config(folder: &Path, port: u16, persistent: bool) -> Result<()> {
-    // `user root`: started by root, it would become a user who may not write into the test's folder.
+fn write_config(folder: &Path, address: &str, port: u16, persistent: bool) -> Result<()> {
+    // `user root`: started by root, it would become a user who may not write into the test's folder. It keeps
+    // everything that a slow reader has not taken: by default it would drop what is more than 1000 messages.
     let mut config = format!(
-        "user root\nlistener {port} 127.0.0.1\nallow_anonymous true\nlog_dest stderr\nlog_type all\n"
+        "user root\nlistener {port} {address}\nallow_anonymous true\nmax_queued_messages 0\n\
+         log_dest stderr\nlog_type error\nlog_type warning\nlog_type notice\nlog_type information\n"
     );
     if persistent {
         let place = folder.display();

@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::broker::Broker;
+use crate::client::Outgoing;
 use crate::process::{Finished, Running};
 use crate::program;
 
@@ -18,9 +19,21 @@ pub const PATIENCE: Duration = Duration::from_secs(240);
 #[derive(Debug)]
 pub struct Device {
     process: Option<Running>,
-    state: TempDir,
+    folder: TempDir,
     model: PathBuf,
     name: String,
+    options: Options,
+}
+
+/// How a device is started.
+#[derive(Debug, Clone, Default)]
+pub struct Options {
+    /// Its configuration file.
+    pub config: String,
+    /// Shell commands before it is started: `$STATE` is the state folder.
+    pub before: String,
+    /// Words in front of the command, such as `unshare -rm`.
+    pub under: Vec<String>,
 }
 
 impl Device {
@@ -29,15 +42,23 @@ impl Device {
     /// # Errors
     /// When it ends or is not ready in time.
     pub fn start(broker: &Broker, name: &str, model: &Path) -> Result<Self> {
-        let state = tempfile::tempdir()?;
-        let mut device = Self {
-            process: None,
-            state,
-            model: model.to_owned(),
-            name: name.to_owned(),
-        };
+        let mut device = Self::new(name, model, Options::default())?;
         device.restart(broker)?;
         Ok(device)
+    }
+
+    /// A device that does not run yet.
+    ///
+    /// # Errors
+    /// When there is no room for its state folder.
+    pub fn new(name: &str, model: &Path, options: Options) -> Result<Self> {
+        Ok(Self {
+            process: None,
+            folder: tempfile::tempdir()?,
+            model: model.to_owned(),
+            name: name.to_owned(),
+            options,
+        })
     }
 
     /// Starts it again after [`Device::kill`] or [`Device::stop`]; returns once it is ready.
@@ -45,20 +66,7 @@ impl Device {
     /// # Errors
     /// When it ends or is not ready in time.
     pub fn restart(&mut self, broker: &Broker) -> Result<()> {
-        let mut command = std::process::Command::new(program::path("pipit")?);
-        command
-            .args([
-                "serve",
-                "--broker",
-                &broker.url(),
-                "--device",
-                &self.name,
-                "--model",
-            ])
-            .arg(&self.model);
-        command.arg("--state-dir").arg(self.state.path());
-        let process = Running::start(&mut command)?;
-        self.process = Some(process);
+        self.launch(&broker.url(), None)?;
         // The status is retained, but no `ready` of an earlier run is left: the broker put the will in its place.
         let status = broker.subscribe(&self.topic("status"))?;
         let outcome = status.wait_for(PATIENCE, |message| {
@@ -70,6 +78,67 @@ impl Device {
             return Err(error.context(format!("the device is not ready; it said: {}", said.stderr)));
         }
         Ok(())
+    }
+
+    /// Starts it and does not wait; `fault` is where it is to kill itself (`PIPIT_FAULT`).
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn launch(&mut self, broker_url: &str, fault: Option<&str>) -> Result<()> {
+        let (state, config) = (self.state(), self.folder.path().join("config.toml"));
+        std::fs::create_dir_all(&state)?;
+        std::fs::write(&config, &self.options.config)?;
+        let script = format!("{}\nexec \"$@\"", self.options.before);
+        let mut words: Vec<&str> = self.options.under.iter().map(String::as_str).collect();
+        words.extend(["bash", "-c", &script, "bash"]);
+        let mut command = std::process::Command::new(words[0]);
+        command.args(&words[1..]).arg(program::path("pipit")?);
+        command.args(["serve", "--broker", broker_url, "--device", &self.name]);
+        command.arg("--model").arg(&self.model);
+        command.arg("--config").arg(&config);
+        command.arg("--state-dir").arg(&state).env("STATE", &state);
+        if let Some(fault) = fault {
+            command.env("PIPIT_FAULT", fault);
+        }
+        self.process = Some(Running::start(&mut command)?);
+        Ok(())
+    }
+
+    /// The state folder.
+    pub fn state(&self) -> PathBuf {
+        self.folder.path().join("state")
+    }
+
+    /// Its process id.
+    ///
+    /// # Errors
+    /// When it does not run.
+    pub fn id(&self) -> Result<u32> {
+        Ok(self.process()?.id())
+    }
+
+    /// Waits for a line of its log.
+    ///
+    /// # Errors
+    /// When none that `wanted` accepts comes within `limit`.
+    pub fn wait_for_line(&self, limit: Duration, wanted: impl FnMut(&str) -> bool) -> Result<String> {
+        self.process()?.wait_for_line(limit, wanted)
+    }
+
+    /// All that it has said since it was started last.
+    pub fn said(&self) -> String {
+        self.process.as_ref().map(Running::said).unwrap_or_default()
+    }
+
+    /// Waits until it has ended by itself.
+    ///
+    /// # Errors
+    /// When it does not run, or still runs after `limit`.
+    pub fn ended(&mut self, limit: Duration) -> Result<Finished> {
+        self.process
+            .take()
+            .context("the device does not run")?
+            .finish(limit)
     }
 
     /// `pipit/v1/NAME/LEAF`
@@ -107,6 +176,21 @@ impl Device {
             .take()
             .context("the device does not run")?
             .terminate(PATIENCE)
+    }
+
+    /// A request for a sampled answer without a seed: a second run would, in all likelihood, say something else.
+    pub fn request(&self, id: &str, prompt: &str, max_tokens: u32) -> Outgoing {
+        let body = json!({
+            "id": id,
+            "messages": [{"role": "user", "content": prompt}],
+            "max_tokens": max_tokens,
+            "temperature": 1,
+        });
+        Outgoing {
+            topic: self.topic("req"),
+            payload: body.to_string().into_bytes(),
+            ..Outgoing::default()
+        }
     }
 
     /// Publishes a request for a greedy answer.

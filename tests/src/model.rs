@@ -1,9 +1,13 @@
-//! Where the real model is.
+//! The models of the tests: the real one, and a random one that answers in milliseconds.
 
 use std::env;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
+use tempfile::TempDir;
+
+use crate::program;
 
 /// The path of SmolLM2-135M-Instruct (Q4_1 GGUF, 98 MB): `PIPIT_TEST_MODEL`, else the cache that
 /// `scripts/fetch-model` fills.
@@ -24,7 +28,40 @@ pub fn smollm2() -> Result<PathBuf> {
     Ok(path)
 }
 
-fn cache() -> PathBuf {
+/// A model of two layers with random weights, and so with random answers.
+#[derive(Debug)]
+pub struct Tiny {
+    folder: TempDir,
+}
+
+impl Tiny {
+    /// Makes it with `pipit-convert` from a checkpoint of the converter's tests, with tokenizer and chat template.
+    ///
+    /// # Errors
+    /// When the program was not built or does not convert it.
+    pub fn make() -> Result<Self> {
+        let folder = tempfile::tempdir()?;
+        let tiny = Self { folder };
+        let checkpoint = Path::new(env!("CARGO_MANIFEST_DIR")).join("../convert/tests/fixtures/tied");
+        let (checkpoint, out) = (checkpoint.to_str(), tiny.path());
+        let arguments = [
+            "model",
+            checkpoint.context("a path that is not UTF-8")?,
+            "-o",
+            out.to_str().context("a path that is not UTF-8")?,
+        ];
+        program::run("pipit-convert", arguments, Duration::from_secs(60))?.success()?;
+        Ok(tiny)
+    }
+
+    /// The GGUF file.
+    pub fn path(&self) -> PathBuf {
+        self.folder.path().join("tiny.gguf")
+    }
+}
+
+/// Where the scripts keep what they fetch: `PIPIT_CACHE`, else `~/.cache/pipit`.
+pub(crate) fn cache() -> PathBuf {
     let set = |name| {
         env::var_os(name)
             .filter(|value| !value.is_empty())

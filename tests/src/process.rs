@@ -204,6 +204,20 @@ impl Running {
         self.child.id()
     }
 
+    /// Whether it has ended.
+    ///
+    /// # Errors
+    /// When it cannot be asked.
+    pub fn ended(&mut self) -> Result<bool> {
+        Ok(self.child.try_wait()?.is_some())
+    }
+
+    /// All that it has said so far, both outputs.
+    pub fn said(&self) -> String {
+        let lines = self.output.lock();
+        format!("{}{}", lines.stdout, lines.stderr)
+    }
+
     /// The process ids of its children, oldest first (Linux: `/proc`).
     ///
     /// # Errors
@@ -261,6 +275,23 @@ pub fn signal(name: &str, id: u32) -> Result<()> {
         bail!("kill -{name} {id} failed");
     }
     Ok(())
+}
+
+/// Bytes of memory that a process has resident now, and the most that it ever had (Linux: `/proc`).
+///
+/// # Errors
+/// When there is no such process.
+pub fn resident(id: u32) -> Result<(u64, u64)> {
+    let status = fs::read_to_string(format!("/proc/{id}/status"))?;
+    let bytes = |label: &str| -> Result<u64> {
+        let line = status
+            .lines()
+            .find(|line| line.starts_with(label))
+            .with_context(|| format!("no {label} of process {id}"))?;
+        let kib = line.split_whitespace().nth(1).context("no number")?;
+        Ok(kib.parse::<u64>()? * 1024)
+    };
+    Ok((bytes("VmRSS:")?, bytes("VmHWM:")?))
 }
 
 /// Runs a program to its end.

@@ -12,8 +12,7 @@ use pipit::config::Config;
 use pipit::daemon::broker_options;
 use pipit::mqtt::{Event, Incoming, Link, Outgoing};
 use pipit::wire::answer::Received;
-use pipit::wire::{Completion, Topics};
-use serde_json::json;
+use pipit::wire::{Cancel, Completion, Topics};
 
 use super::{BrokerArgs, code};
 use request::{RequestArgs, duration};
@@ -89,11 +88,7 @@ async fn ask(args: &Args, config: &Config) -> anyhow::Result<Option<ExitCode>> {
         bail!("`{id}` is no id; hint: 1 to 64 of A-Z a-z 0-9 _ . -");
     }
     let topics = Topics::new(&config.root, &config.device);
-    let body = args
-        .request
-        .body(&id, &prompt, args.stream)
-        .to_string()
-        .into_bytes();
+    let body = serde_json::to_vec(&args.request.body(&id, &prompt, args.stream))?;
     let mut options = broker_options(config)?;
     let broker = format!("{}:{}", options.host, options.port);
     options.client_id = format!("pipit-ask-{}", uuid::Uuid::now_v7().simple());
@@ -110,7 +105,7 @@ async fn ask(args: &Args, config: &Config) -> anyhow::Result<Option<ExitCode>> {
     let until = tokio::time::Instant::now() + args.timeout;
     loop {
         let Ok(event) = tokio::time::timeout_at(until, events.recv()).await else {
-            let payload = json!({ "id": id }).to_string().into_bytes();
+            let payload = serde_json::to_vec(&Cancel { id })?;
             link.publish(Outgoing {
                 topic: topics.cancel(),
                 payload,

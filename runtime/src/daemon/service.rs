@@ -15,6 +15,7 @@ use tokio::sync::mpsc;
 
 use crate::clock::unix_ms;
 use crate::config::Config;
+use crate::fault;
 use crate::health::{self, Counters, State};
 use crate::journal::table::{Bounds, Stage, Table};
 use crate::journal::writer::{Committed, Writer};
@@ -25,6 +26,7 @@ use crate::reply::{self, Author, Stream};
 use crate::wire::{ErrorCode, Request, Topics};
 use crate::worker::Worker;
 
+mod answers;
 mod intake;
 mod work;
 
@@ -33,7 +35,8 @@ mod work;
 const AHEAD: usize = 2;
 /// Final answers that may wait for the broker's PUBACK at a time; the others wait in the table.
 const WINDOW: usize = 32;
-/// Refusals that may wait for a PUBACK; beyond it they go out at QoS 0, so that a flood of bad requests takes no memory.
+/// Refusals that may wait for a PUBACK. What they refuse is acknowledged when the link has them, and not before: so
+/// the broker holds a flood back, and it takes no memory here.
 const REFUSALS: usize = 128;
 /// A request that has ended the worker this often is answered with an error.
 const MOST_ATTEMPTS: u32 = 3;
@@ -58,6 +61,15 @@ enum OnCommit {
     Nothing,
 }
 
+/// A final answer that the link has not taken yet.
+struct Unpublished {
+    key: Key,
+    /// The Correlation Data to echo.
+    correlation: Option<Vec<u8>>,
+    /// The request that came again and asks for it; acknowledged when the link has the answer.
+    ack: Option<Ack>,
+}
+
 /// What a PUBACK of the broker means.
 enum OnDelivery {
     Answer(Key),
@@ -67,6 +79,8 @@ enum OnDelivery {
 /// All state of the daemon.
 pub struct Service {
     config: Config,
+    /// Names of the configured LoRA adapters.
+    adapters: Vec<String>,
     topics: Topics,
     bounds: Bounds,
     link: Link,
@@ -82,8 +96,16 @@ pub struct Service {
     /// Tickets by key, for a duplicate that comes before the commit.
     accepting: HashMap<Key, u64>,
     on_delivery: HashMap<u64, OnDelivery>,
-    /// Final answers that have not been given to the link yet, with the Correlation Data to echo.
-    unpublished: VecDeque<(Key, Option<Vec<u8>>)>,
+    unpublished: VecDeque<Unpublished>,
+    /// Final answers that the disk had no room for, with the Correlation Data to echo. They are published when they
+    /// are written: one that went out before could be followed by another one after a restart.
+    unwritten: Vec<(Key, Option<Vec<u8>>)>,
+    /// Whether the last write of the journal failed.
+    unwritable: bool,
+    /// Refusals that the link has not taken yet, and what is acknowledged then.
+    refusals: VecDeque<(Option<Ack>, StoredAnswer)>,
+    /// Refusals that wait for their PUBACK.
+    refusing: HashSet<u64>,
     /// Entries that a redelivered message without an id was recognised as, in this epoch.
     recognised: (u64, HashSet<Key>),
     /// Acknowledgements that found no room in the link.
@@ -128,6 +150,7 @@ impl Service {
         worker: Worker,
     ) -> Self {
         Self {
+            adapters: config.adapters.keys().cloned().collect(),
             topics: Topics::new(&config.root, &config.device),
             bounds: Bounds {
                 bytes: config.journal.bytes,
@@ -148,6 +171,10 @@ impl Service {
             accepting: HashMap::new(),
             on_delivery: HashMap::new(),
             unpublished: VecDeque::new(),
+            unwritten: Vec::new(),
+            unwritable: false,
+            refusals: VecDeque::new(),
+            refusing: HashSet::new(),
             recognised: (0, HashSet::new()),
             acks: VecDeque::new(),
             last_number: 0,
@@ -191,8 +218,11 @@ impl Service {
                     self.queue.push(waiting, request.priority);
                 }
                 Stage::Done(answer) => {
-                    self.unpublished
-                        .push_back((key.clone(), answer.reply.correlation.clone()));
+                    self.unpublished.push_back(Unpublished {
+                        key: key.clone(),
+                        correlation: answer.reply.correlation.clone(),
+                        ack: None,
+                    });
                 }
                 Stage::Delivered(_) => {}
             }
@@ -223,6 +253,9 @@ impl Service {
             }
             LinkEvent::Disconnected { reason } => {
                 self.connected = false;
+                // Their messages were not acknowledged: they come again.
+                self.refusals.clear();
+                self.unpublished.retain(|answer| answer.ack.is_none());
                 // Once for each reason: a broker may be away for days.
                 if self.link_reason.as_ref() != Some(&reason) {
                     tracing::warn!("no connection to the broker: {reason}; trying again");
@@ -240,9 +273,13 @@ impl Service {
         let Some(what) = self.on_commit.remove(&commit.ticket) else {
             return;
         };
-        if let Some(error) = &commit.error {
-            tracing::error!("{error}");
+        // Once, and not for every request: a disk may be full for days.
+        match &commit.error {
+            Some(error) if !self.unwritable => tracing::error!("{error}"),
+            None if self.unwritable => tracing::info!("the journal can be written again"),
+            _ => {}
         }
+        self.unwritable = commit.error.is_some();
         match what {
             OnCommit::Accepted { key, acks } => {
                 self.accepting.remove(&key);
@@ -259,15 +296,13 @@ impl Service {
                         "the device cannot write its journal",
                     );
                     self.table.apply(Record::Erased { key });
-                    for (at, ack) in acks.into_iter().enumerate() {
-                        if at == 0 {
-                            self.refuse(Some(ack), &answer)
-                        } else {
-                            self.ack(Some(ack))
-                        }
-                    }
+                    // At QoS 0 there is nothing to acknowledge, and still something to say.
+                    let mut acks = acks.into_iter();
+                    self.refuse(acks.next(), answer);
+                    acks.for_each(|ack| self.ack(Some(ack)));
                     return;
                 }
+                fault::passed(fault::Point::AfterJournal);
                 let now = Instant::now();
                 let deadline = request
                     .deadline_ms
@@ -288,73 +323,20 @@ impl Service {
                 self.dispatch();
             }
             OnCommit::Done { key, correlation } => {
-                // When the disk is full the answer goes out all the same; it cannot be repeated after a restart.
+                if commit.error.is_some() {
+                    self.unwritten.push((key, correlation));
+                    return;
+                }
                 self.accepting.remove(&key);
-                self.unpublished.push_back((key, correlation));
+                self.unpublished.push_back(Unpublished {
+                    key,
+                    correlation,
+                    ack: None,
+                });
                 self.publish_answers();
             }
             OnCommit::Nothing => {}
         }
-    }
-
-    /// Writes the answer down; it is published when it is safe.
-    fn done(&mut self, key: Key, answer: StoredAnswer) {
-        self.attempts.remove(&key);
-        let correlation = answer.reply.correlation.clone();
-        let record = Record::Done {
-            at: unix_ms(),
-            key: key.clone(),
-            answer: Box::new(answer),
-        };
-        self.table.apply(record.clone());
-        let ticket = self.record(vec![record], true);
-        self.on_commit.insert(
-            ticket,
-            OnCommit::Done {
-                key: key.clone(),
-                correlation,
-            },
-        );
-        self.accepting.entry(key).or_insert(ticket);
-    }
-
-    /// Gives final answers to the link, as many as the window allows.
-    fn publish_answers(&mut self) {
-        while self.connected && self.on_delivery.len() < WINDOW {
-            let Some((key, correlation)) = self.unpublished.pop_front() else {
-                return;
-            };
-            let (Some(Stage::Done(answer)) | Some(Stage::Delivered(answer))) = self.table.stage(&key) else {
-                continue;
-            };
-            let token = self.last_number + 1;
-            if !self
-                .link
-                .publish(reply::message(&self.author, answer, correlation.clone(), token))
-            {
-                self.unpublished.push_front((key, correlation));
-                return;
-            }
-            self.last_number = token;
-            self.on_delivery.insert(token, OnDelivery::Answer(key));
-        }
-    }
-
-    fn delivered(&mut self, token: u64, refused: Option<&str>) {
-        let Some(OnDelivery::Answer(key)) = self.on_delivery.remove(&token) else {
-            return;
-        };
-        if let Some(reason) = refused {
-            tracing::warn!(id = key.1, "the broker refuses the answer on {}: {reason}", key.0);
-        }
-        if matches!(self.table.stage(&key), Some(Stage::Done(_))) {
-            let record = Record::Delivered { key };
-            self.table.apply(record.clone());
-            // A power cut before the next sync publishes the answer a second time; nothing is lost.
-            let ticket = self.record(vec![record], false);
-            self.on_commit.insert(ticket, OnCommit::Nothing);
-        }
-        self.publish_answers();
     }
 
     /// When the next chunk is due.
@@ -376,6 +358,7 @@ impl Service {
             {
                 // Lost when there is no room: the final answer has it all.
                 self.link.publish(message);
+                fault::passed(fault::Point::MidStream);
             }
         }
     }
@@ -402,7 +385,9 @@ impl Service {
             );
         }
         self.ack(None);
+        self.write_again();
         self.publish_answers();
+        self.publish_refusals();
         self.dispatch();
         self.sleep_when_idle();
         self.evict();
@@ -460,7 +445,7 @@ impl Service {
     pub fn is_idle(&self) -> bool {
         self.running.is_empty()
             && self.on_commit.is_empty()
-            && (!self.connected || self.on_delivery.is_empty())
+            && (!self.connected || self.on_delivery.is_empty() && self.refusing.is_empty())
     }
 
     /// Says goodbye and stops worker, journal and link. What is not finished stays in the journal.

@@ -19,7 +19,7 @@ use llama_cpp_2::token::LlamaToken;
 
 use super::prompt::Prompt;
 use super::{ModelInfo, Settings};
-use crate::model;
+use crate::{cores, model};
 
 /// Largest batch, in tokens.
 pub const N_BATCH: u32 = 512;
@@ -119,7 +119,7 @@ impl Llama {
         let model: &'static LlamaModel = model;
         let trained = model.n_ctx_train();
         let threads = if settings.threads == 0 {
-            physical_cores()
+            cores::physical()
         } else {
             settings.threads
         };
@@ -308,22 +308,4 @@ fn cache_type(which: char, name: &str) -> Result<KvCacheType, LoadError> {
 fn file_stem(path: &Path) -> String {
     path.file_stem()
         .map_or_else(String::new, |stem| stem.to_string_lossy().into_owned())
-}
-
-/// Physical cores that this process may use: two threads of one core do not calculate faster than one.
-fn physical_cores() -> u32 {
-    let allowed = std::thread::available_parallelism().map_or(1, |count| count.get() as u32);
-    let mut cores = std::collections::BTreeSet::new();
-    for cpu in 0..4096 {
-        let file = format!("/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list");
-        match std::fs::read_to_string(file) {
-            Ok(siblings) => cores.insert(siblings),
-            Err(_) => break,
-        };
-    }
-    if cores.is_empty() {
-        allowed
-    } else {
-        allowed.min(cores.len() as u32)
-    }
 }

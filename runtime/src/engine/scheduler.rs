@@ -11,6 +11,7 @@ use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use llama_cpp_2::DecodeError;
+use llama_cpp_2::token::LlamaToken;
 
 use super::constraint::Compiler;
 use super::llama::{Llama, N_BATCH};
@@ -43,6 +44,8 @@ pub struct Scheduler {
     /// Sequence for what goes to the disk or comes from it.
     scratch: i32,
     arrivals: u64,
+    /// Slots that may be under way at a time.
+    most: usize,
     /// The adapter of the last step.
     turn: Option<String>,
     events: Vec<FromWorker>,
@@ -67,6 +70,7 @@ impl Scheduler {
             sequences: (0..slots).rev().collect(),
             scratch: all - 1,
             arrivals: 0,
+            most: slots.unsigned_abs() as usize,
             turn: None,
             events: Vec::new(),
             settings: settings.clone(),
@@ -390,13 +394,7 @@ impl Scheduler {
     }
 
     /// Keeps the beginning `tokens` of a sequence as an entry.
-    fn enter(
-        &mut self,
-        from: i32,
-        adapter: Option<String>,
-        tokens: &[llama_cpp_2::token::LlamaToken],
-        cells: &Cells,
-    ) {
+    fn enter(&mut self, from: i32, adapter: Option<String>, tokens: &[LlamaToken], cells: &Cells) {
         let name = adapter.as_deref();
         if tokens.len() < LEAST_ENTRY || self.prefixes.covers(name, tokens) {
             return;
@@ -425,12 +423,23 @@ impl Scheduler {
         self.prefixes.add(sequence, adapter, tokens.to_vec(), cells);
     }
 
-    /// llama.cpp could not compute the batch. The account says that there was room, so this is a failure of its own:
-    /// everything in the batch fails, and the entries go, in case that the account is wrong.
+    /// llama.cpp could not compute the batch, and has put everything back as it was. For want of room (the account knows
+    /// the cells of full attention, not those of sliding windows) all entries go and the slots begin again, one fewer at
+    /// a time; other failures are the requests'.
     fn undecodable(&mut self, error: &DecodeError) {
-        tracing::error!("llama.cpp cannot decode: {error}");
+        tracing::warn!("llama.cpp cannot decode: {error}");
+        let crowded = self.slots.len() > 1 || !self.prefixes.entries().is_empty();
         while let Some(sequence) = self.prefixes.evict(&mut self.pool) {
             self.llama.forget(sequence);
+        }
+        if *error == DecodeError::NoKvCacheSlot && crowded {
+            let mut jobs: Vec<(u64, u64)> = self.slots.iter().map(|slot| (slot.order, slot.job)).collect();
+            jobs.sort_unstable();
+            for (_, job) in jobs.into_iter().rev() {
+                self.give_way(job);
+            }
+            self.most = self.most.saturating_sub(1).max(1);
+            return;
         }
         for mut slot in std::mem::take(&mut self.slots) {
             self.pool.release(&mut slot.cells, 0);

@@ -5,7 +5,7 @@
 //! the work that is done again after a slot had to give up its cells are one and the same: compute what is pending,
 //! then choose the next token from the last one's logits.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use llama_cpp_2::context::LlamaContext;
 use llama_cpp_2::model::LlamaModel;
@@ -49,6 +49,8 @@ pub struct Slot {
     pub cached: usize,
     /// Text that was not yet sent.
     pub fresh: String,
+    /// When the work must have begun; `None` once it has.
+    pub deadline: Option<Instant>,
     /// Set when nothing is left to compute.
     pub ended: Option<End>,
     prompt: usize,
@@ -76,7 +78,10 @@ impl Slot {
     ) -> Self {
         let sampler = Sampler::new(&request.sampling, model.n_vocab(), longest, &tokens);
         let output = Output::new(&request.stop);
+        let deadline = request.deadline_ms;
+        let deadline = deadline.and_then(|most| Instant::now().checked_add(Duration::from_millis(most)));
         let mut slot = Self {
+            deadline,
             job,
             request,
             order,
@@ -114,6 +119,7 @@ impl Slot {
 
     /// The work begins: what was waited for counts as waiting.
     pub fn begin(&mut self) {
+        self.deadline = None;
         if self.first.is_none() {
             self.began = Instant::now();
         }

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::scheduler::Scheduler;
 use super::{FromWorker, ToWorker, llama};
+use crate::kernels;
 
 /// A sign of life at least this often, so that a hang is noticed.
 const HEARTBEAT: Duration = Duration::from_secs(5);
@@ -17,13 +18,22 @@ const HEARTBEAT: Duration = Duration::from_secs(5);
 pub fn run() -> anyhow::Result<()> {
     // Should the daemon die without closing the pipe (it holds the only write end, so it cannot), this ends us too.
     rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))?;
+    let mut outbox = Outbox::new();
+    // Before llama.cpp is touched: an illegal instruction says nothing.
+    let lacking = kernels::lacking();
+    if !lacking.is_empty() {
+        let message = kernels::refusal(&lacking);
+        outbox.send(&[FromWorker::Unloadable {
+            message: message.clone(),
+        }])?;
+        anyhow::bail!(message);
+    }
     let inbox = read_frames()?;
     let settings = match inbox.recv() {
         Ok(ToWorker::Load(settings)) => settings,
         Ok(_) => anyhow::bail!("the first frame must be `load`"),
         Err(_) => return Ok(()),
     };
-    let mut outbox = Outbox::new();
     let llama = match llama::Llama::load(&settings) {
         Ok(llama) => llama,
         Err(error) => {

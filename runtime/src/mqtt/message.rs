@@ -54,6 +54,8 @@ pub struct Outgoing {
     pub retain: bool,
     /// QoS 1 with this number, reported by [`Event::Delivered`]; `None` is QoS 0 and may be dropped.
     pub token: Option<u64>,
+    /// At QoS 0 although it has a token: [`Event::Delivered`] then says that it was written to the connection.
+    pub at_most_once: bool,
     /// MQTT 5 Correlation Data.
     pub correlation: Option<Vec<u8>>,
     /// MQTT 5 Response Topic.

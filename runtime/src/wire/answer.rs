@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 /// Why a request has no answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum ErrorCode {
     /// The request cannot be understood, or asks for something this device does not do.
@@ -43,6 +44,7 @@ impl ErrorCode {
 
 /// `{"id": …, "error": {"code": …, "message": …}}`
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct ErrorAnswer {
     /// The request's id.
     pub id: String,
@@ -52,6 +54,7 @@ pub struct ErrorAnswer {
 
 /// The inside of an [`ErrorAnswer`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct ErrorBody {
     /// For programs.
     pub code: ErrorCode,
@@ -74,6 +77,7 @@ impl ErrorAnswer {
 
 /// Tokens counted.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct Usage {
     /// Tokens of the rendered prompt.
     pub prompt_tokens: u32,
@@ -88,6 +92,7 @@ pub struct Usage {
 
 /// Tokens of a prompt.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct PromptTokens {
     /// Those that were computed before, for another request, and not again.
     pub cached_tokens: u32,
@@ -95,6 +100,7 @@ pub struct PromptTokens {
 
 /// Time spent, in milliseconds and tokens a second.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct Timings {
     /// From the receipt of the request to the start of its prefill.
     pub queue_ms: f64,
@@ -110,8 +116,10 @@ pub struct Timings {
 
 /// A message of the assistant.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct AssistantMessage {
     /// Always `assistant`.
+    #[cfg_attr(test, schemars(extend("const" = "assistant")))]
     pub role: String,
     /// The text.
     pub content: String,
@@ -119,6 +127,7 @@ pub struct AssistantMessage {
 
 /// One choice; there is always exactly one.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct Choice {
     /// Always 0.
     pub index: u32,
@@ -130,10 +139,12 @@ pub struct Choice {
 
 /// A whole answer: the final QoS 1 message of every request that succeeded.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct Completion {
     /// The request's id.
     pub id: String,
     /// `chat.completion`
+    #[cfg_attr(test, schemars(extend("const" = "chat.completion")))]
     pub object: String,
     /// Unix time, seconds.
     pub created: u64,
@@ -164,6 +175,7 @@ impl Completion {
 
 /// Text added by one chunk.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct Delta {
     /// `assistant`, in the first chunk only.
     #[serde(skip_serializing_if = "Option::is_none", default)]
@@ -175,6 +187,7 @@ pub struct Delta {
 
 /// The choice of a chunk.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct ChunkChoice {
     /// Always 0.
     pub index: u32,
@@ -186,10 +199,12 @@ pub struct ChunkChoice {
 
 /// A piece of a streamed answer, at QoS 0.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct Chunk {
     /// The request's id.
     pub id: String,
     /// `chat.completion.chunk`
+    #[cfg_attr(test, schemars(extend("const" = "chat.completion.chunk")))]
     pub object: String,
     /// Counts from 0. A gap means lost chunks; 0 again means that the work began anew.
     pub seq: u32,

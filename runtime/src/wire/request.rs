@@ -7,13 +7,26 @@
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
-use sha2::{Digest, Sha256};
 
 use super::answer::ErrorCode;
 use super::topics::{Topics, valid_id};
 
+mod fields;
+mod format;
+mod ids;
+
+use fields::{
+    adapter, check_depth, cut, drop_foreign, flag, float, integer, messages, repeat_penalty, stop, take,
+};
+pub use ids::hex;
+use ids::{correlation_id, fingerprint, generated_id};
+
+/// Largest `max_tokens` and `deadline_ms` (49 days) that a request may name.
+const MOST: i64 = u32::MAX as i64;
+
 /// Caps on a request; what is larger is `too_large` or `invalid_request`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct Limits {
     /// Bytes of a payload.
@@ -180,32 +193,23 @@ pub struct Envelope<'a> {
     pub expiry_s: Option<u32>,
 }
 
-/// Fields of OpenAI's body that say nothing about the answer's text and are taken without effect.
-const NO_EFFECT: &[&str] = &[
-    "model",
-    "user",
-    "metadata",
-    "store",
-    "service_tier",
-    "stream_options",
-];
-/// Fields that ask for something this version does not do, with the values that ask for nothing.
-const NOT_YET: &[&str] = &[
-    "response_format",
-    "adapter",
-    "tools",
-    "tool_choice",
-    "functions",
-    "function_call",
-    "logprobs",
-    "top_logprobs",
-    "logit_bias",
-    "frequency_penalty",
-    "presence_penalty",
-    "repeat_penalty",
-    "n",
-];
+/// What one device allows.
+#[derive(Clone, Copy, Debug)]
+pub struct Rules<'a> {
+    /// Its topics.
+    pub topics: &'a Topics,
+    /// Topics under which an answer may go, besides its own `res/`.
+    pub prefixes: &'a [String],
+    /// Caps on a request.
+    pub limits: &'a Limits,
+    /// Names of its LoRA adapters.
+    pub adapters: &'a [String],
+}
 
+/// Longest Correlation Data that is accepted.
+const CORRELATION_BYTES: usize = 1024;
+
+/// Why a request is refused, before it is known where to say so.
 type Refusal = (ErrorCode, String);
 
 fn invalid(message: impl Into<String>) -> Refusal {
@@ -216,14 +220,9 @@ fn invalid(message: impl Into<String>) -> Refusal {
 ///
 /// # Errors
 /// A [`Rejection`] to be published; its topic is safe to publish to.
-pub fn parse(
-    envelope: &Envelope<'_>,
-    topics: &Topics,
-    prefixes: &[String],
-    limits: &Limits,
-) -> Result<Request, Box<Rejection>> {
-    let mut draft = Draft::new(envelope, topics);
-    match draft.fill(envelope, topics, prefixes, limits) {
+pub fn parse(envelope: &Envelope<'_>, rules: &Rules<'_>) -> Result<Request, Box<Rejection>> {
+    let mut draft = Draft::new(envelope, rules.topics);
+    match draft.fill(envelope, rules) {
         Ok(()) => Ok(draft.request),
         Err((code, message)) => {
             let Request { id, reply, .. } = draft.request;
@@ -247,7 +246,10 @@ impl Draft {
         let id = envelope.correlation.map_or_else(generated_id, correlation_id);
         let reply = Reply {
             topic: topics.answer(&id),
-            correlation: envelope.correlation.map(<[u8]>::to_vec),
+            correlation: envelope
+                .correlation
+                .filter(|data| data.len() <= CORRELATION_BYTES)
+                .map(<[u8]>::to_vec),
             plain: false,
         };
         Self {
@@ -268,19 +270,21 @@ impl Draft {
         }
     }
 
-    fn fill(
-        &mut self,
-        envelope: &Envelope<'_>,
-        topics: &Topics,
-        prefixes: &[String],
-        limits: &Limits,
-    ) -> Result<(), Refusal> {
+    fn fill(&mut self, envelope: &Envelope<'_>, rules: &Rules<'_>) -> Result<(), Refusal> {
+        let Rules {
+            topics,
+            prefixes,
+            limits,
+            ..
+        } = *rules;
         if let Some(topic) = envelope.response_topic {
             topics.check_reply(topic, prefixes).map_err(invalid)?;
             self.request.reply.topic = topic.to_owned();
         }
-        if envelope.correlation.is_some_and(|data| data.len() > 1024) {
-            return Err(invalid("Correlation Data is longer than 1024 bytes"));
+        if envelope.correlation.is_some() && self.request.reply.correlation.is_none() {
+            return Err(invalid(format!(
+                "Correlation Data is longer than {CORRELATION_BYTES} bytes"
+            )));
         }
         if envelope.payload.len() > limits.request_bytes {
             return Err((
@@ -307,7 +311,7 @@ impl Draft {
             let Value::Object(body) = value else {
                 return Err(invalid("the request must be a JSON object"));
             };
-            own_id |= self.fill_from_json(body, envelope, topics, prefixes, limits)?;
+            own_id |= self.fill_from_json(body, envelope, rules)?;
         } else {
             if text.trim().is_empty() {
                 return Err(invalid("the request is empty"));
@@ -331,10 +335,14 @@ impl Draft {
         &mut self,
         mut body: Map<String, Value>,
         envelope: &Envelope<'_>,
-        topics: &Topics,
-        prefixes: &[String],
-        limits: &Limits,
+        rules: &Rules<'_>,
     ) -> Result<bool, Refusal> {
+        let Rules {
+            topics,
+            prefixes,
+            limits,
+            adapters,
+        } = *rules;
         let request = &mut self.request;
         let mut own_id = false;
         // First what a rejection needs.
@@ -359,38 +367,31 @@ impl Draft {
                 request.reply.topic = topic;
             }
         }
-        for &field in NOT_YET {
-            if let Some(value) = take(&mut body, field)
-                && !asks_for_nothing(field, &value)
-            {
-                return Err(invalid(format!("`{field}` is not supported by this version")));
-            }
-        }
-        for field in NO_EFFECT {
-            body.remove(*field);
-        }
+        drop_foreign(&mut body)?;
         request.messages = messages(take(&mut body, "messages"), limits)?;
         let sampling = &mut request.sampling;
         sampling.temperature = float(&mut body, "temperature", 0.0, 10.0)?;
         sampling.top_p = float(&mut body, "top_p", 0.0, 1.0)?;
         sampling.min_p = float(&mut body, "min_p", 0.0, 1.0)?;
         sampling.top_k = integer(&mut body, "top_k", 0, i64::from(i32::MAX))?.map(|k| k as i32);
+        sampling.repeat_penalty = repeat_penalty(&mut body)?;
+        sampling.frequency_penalty = float(&mut body, "frequency_penalty", -2.0, 2.0)?;
+        sampling.presence_penalty = float(&mut body, "presence_penalty", -2.0, 2.0)?;
+        sampling.repeat_last_n = integer(&mut body, "repeat_last_n", -1, 4096)?.map(|n| n as i32);
         sampling.seed = match integer(&mut body, "seed", i64::MIN, i64::MAX)? {
             Some(seed) => (seed as u64 ^ (seed as u64 >> 32)) as u32,
             None => crate::clock::chance(),
         };
-        let newer = integer(&mut body, "max_completion_tokens", 1, i64::MAX)?;
-        let max_tokens = integer(&mut body, "max_tokens", 1, i64::MAX)?.or(newer);
+        let newer = integer(&mut body, "max_completion_tokens", 1, MOST)?;
+        let max_tokens = integer(&mut body, "max_tokens", 1, MOST)?.or(newer);
         request.max_tokens = max_tokens.map_or(limits.max_tokens, |most| {
             most.min(i64::from(limits.max_tokens)) as u32
         });
         request.stop = stop(take(&mut body, "stop"), limits)?;
-        request.stream = match take(&mut body, "stream") {
-            None => false,
-            Some(Value::Bool(stream)) => stream,
-            Some(_) => return Err(invalid("`stream` must be true or false")),
-        };
-        if let Some(deadline) = integer(&mut body, "deadline_ms", 0, i64::MAX)? {
+        request.schema = format::schema(take(&mut body, "response_format"), limits)?;
+        request.adapter = adapter(take(&mut body, "adapter"), adapters)?;
+        request.stream = flag(&mut body, "stream")?;
+        if let Some(deadline) = integer(&mut body, "deadline_ms", 0, MOST)? {
             let deadline = deadline as u64;
             request.deadline_ms = Some(
                 request
@@ -400,194 +401,10 @@ impl Draft {
         }
         request.priority = integer(&mut body, "priority", -100, 100)?.unwrap_or(0) as i32;
         if let Some(field) = body.keys().next() {
-            let field: String = field.chars().take(64).collect();
-            return Err(invalid(format!("unknown field `{field}`")));
+            return Err(invalid(format!("unknown field `{}`", cut(field))));
         }
         Ok(own_id)
     }
-}
-
-/// Takes a field; null is the same as absent.
-fn take(body: &mut Map<String, Value>, field: &str) -> Option<Value> {
-    body.shift_remove(field).filter(|value| !value.is_null())
-}
-
-fn asks_for_nothing(field: &str, value: &Value) -> bool {
-    match value {
-        Value::Bool(asked) => !asked,
-        Value::Number(number) => number.as_f64() == Some(if field.starts_with('n') { 1.0 } else { 0.0 }),
-        Value::Array(list) => list.is_empty(),
-        Value::Object(map) => {
-            map.is_empty()
-                || field == "response_format" && map.get("type").and_then(Value::as_str) == Some("text")
-        }
-        Value::String(text) => text.is_empty() || field.ends_with("_choice") && text == "none",
-        Value::Null => true,
-    }
-}
-
-fn float(body: &mut Map<String, Value>, field: &str, low: f64, high: f64) -> Result<Option<f32>, Refusal> {
-    let Some(value) = take(body, field) else {
-        return Ok(None);
-    };
-    match value.as_f64() {
-        Some(number) if (low..=high).contains(&number) => Ok(Some(number as f32)),
-        _ => Err(invalid(format!(
-            "`{field}` must be a number from {low} to {high}"
-        ))),
-    }
-}
-
-fn integer(body: &mut Map<String, Value>, field: &str, low: i64, high: i64) -> Result<Option<i64>, Refusal> {
-    let Some(value) = take(body, field) else {
-        return Ok(None);
-    };
-    match value.as_i64() {
-        Some(number) if (low..=high).contains(&number) => Ok(Some(number)),
-        _ if high == i64::MAX && low == i64::MIN => Err(invalid(format!("`{field}` must be a whole number"))),
-        _ if high == i64::MAX => Err(invalid(format!(
-            "`{field}` must be a whole number, at least {low}"
-        ))),
-        _ => Err(invalid(format!(
-            "`{field}` must be a whole number from {low} to {high}"
-        ))),
-    }
-}
-
-fn messages(value: Option<Value>, limits: &Limits) -> Result<Vec<Message>, Refusal> {
-    let Some(Value::Array(list)) = value else {
-        return Err(invalid("`messages` must be a list"));
-    };
-    if list.is_empty() {
-        return Err(invalid("`messages` is empty"));
-    }
-    if list.len() > limits.messages {
-        return Err((
-            ErrorCode::TooLarge,
-            format!("{} messages, the limit is {}", list.len(), limits.messages),
-        ));
-    }
-    list.into_iter()
-        .enumerate()
-        .map(|(at, value)| message(value).map_err(|why| invalid(format!("`messages[{at}]`: {why}"))))
-        .collect()
-}
-
-fn message(value: Value) -> Result<Message, String> {
-    let Value::Object(mut fields) = value else {
-        return Err("must be an object".to_owned());
-    };
-    let role = match take(&mut fields, "role").as_ref().and_then(Value::as_str) {
-        Some("system" | "developer") => Role::System,
-        Some("user") => Role::User,
-        Some("assistant") => Role::Assistant,
-        _ => return Err("`role` must be system, user or assistant".to_owned()),
-    };
-    let content = match take(&mut fields, "content") {
-        Some(Value::String(text)) => text,
-        Some(Value::Array(parts)) => {
-            let mut text = String::new();
-            for part in &parts {
-                match (
-                    part.get("type").and_then(Value::as_str),
-                    part.get("text").and_then(Value::as_str),
-                ) {
-                    (Some("text"), Some(piece)) => text.push_str(piece),
-                    _ => return Err("`content` may hold parts of type text only".to_owned()),
-                }
-            }
-            text
-        }
-        _ => return Err("`content` must be text".to_owned()),
-    };
-    if let Some(field) = fields.keys().find(|field| *field != "name") {
-        let field: String = field.chars().take(64).collect();
-        return Err(format!("unknown field `{field}`"));
-    }
-    Ok(Message { role, content })
-}
-
-fn stop(value: Option<Value>, limits: &Limits) -> Result<Vec<String>, Refusal> {
-    let list = match value {
-        None => return Ok(Vec::new()),
-        Some(Value::String(one)) => vec![Value::String(one)],
-        Some(Value::Array(list)) => list,
-        Some(_) => return Err(invalid("`stop` must be a string or a list of strings")),
-    };
-    if list.len() > limits.stop_strings {
-        return Err(invalid(format!(
-            "`stop` has {} strings, the limit is {}",
-            list.len(),
-            limits.stop_strings
-        )));
-    }
-    list.into_iter()
-        .map(|value| match value {
-            Value::String(text) if text.is_empty() => Err(invalid("`stop` holds an empty string")),
-            Value::String(text) if text.len() > limits.stop_bytes => Err(invalid(format!(
-                "`stop` holds a string of more than {} bytes",
-                limits.stop_bytes
-            ))),
-            Value::String(text) => Ok(text),
-            _ => Err(invalid("`stop` must be a string or a list of strings")),
-        })
-        .collect()
-}
-
-/// Refuses deep nesting before the JSON is parsed.
-fn check_depth(payload: &[u8], most: usize) -> Result<(), Refusal> {
-    let (mut depth, mut in_string, mut escaped) = (0_usize, false, false);
-    for &byte in payload {
-        match byte {
-            _ if escaped => escaped = false,
-            b'\\' if in_string => escaped = true,
-            b'"' => in_string = !in_string,
-            b'{' | b'[' if !in_string => {
-                depth += 1;
-                if depth > most {
-                    return Err(invalid(format!("the JSON is nested deeper than {most}")));
-                }
-            }
-            b'}' | b']' if !in_string => depth = depth.saturating_sub(1),
-            _ => {}
-        }
-    }
-    Ok(())
-}
-
-fn generated_id() -> String {
-    uuid::Uuid::now_v7().to_string()
-}
-
-/// An id from Correlation Data: the data itself where it is an id, its hexadecimal digits where they fit, else a
-/// hash of it. The same data always gives the same id.
-fn correlation_id(data: &[u8]) -> String {
-    match std::str::from_utf8(data) {
-        Ok(text) if valid_id(text) => text.to_owned(),
-        _ if (1..=31).contains(&data.len()) => format!("x-{}", hex(data)),
-        _ => format!("h-{}", hex(&Sha256::digest(data)[..16])),
-    }
-}
-
-fn fingerprint(envelope: &Envelope<'_>) -> String {
-    let mut hash = Sha256::new();
-    let topic = envelope.response_topic.unwrap_or_default();
-    hash.update((topic.len() as u64).to_le_bytes());
-    hash.update(topic.as_bytes());
-    hash.update(envelope.payload);
-    hex(&hash.finalize()[..16])
-}
-
-/// Lower-case hexadecimal digits.
-pub fn hex(bytes: &[u8]) -> String {
-    bytes
-        .iter()
-        .fold(String::with_capacity(bytes.len() * 2), |mut out, byte| {
-            for nibble in [byte >> 4, byte & 15] {
-                out.push(char::from_digit(u32::from(nibble), 16).unwrap_or('0'));
-            }
-            out
-        })
 }
 
 #[cfg(test)]

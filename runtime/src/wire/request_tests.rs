@@ -10,17 +10,23 @@ fn world() -> (Topics, Vec<String>, Limits) {
     )
 }
 
-fn read(payload: &str) -> Result<Request, Box<Rejection>> {
+/// Parses for the device of these tests, which has two adapters.
+fn parsed(envelope: &Envelope<'_>) -> Result<Request, Box<Rejection>> {
     let (topics, prefixes, limits) = world();
-    parse(
-        &Envelope {
-            payload: payload.as_bytes(),
-            ..Envelope::default()
-        },
-        &topics,
-        &prefixes,
-        &limits,
-    )
+    let rules = Rules {
+        topics: &topics,
+        prefixes: &prefixes,
+        limits: &limits,
+        adapters: &["home".to_owned(), "office".to_owned()],
+    };
+    parse(envelope, &rules)
+}
+
+fn read(payload: &str) -> Result<Request, Box<Rejection>> {
+    parsed(&Envelope {
+        payload: payload.as_bytes(),
+        ..Envelope::default()
+    })
 }
 
 fn refused(payload: &str) -> (ErrorCode, String) {
@@ -62,10 +68,12 @@ fn refused_by_name() {
     let with = |field: &str| format!(r#"{{"messages":[{{"role":"user","content":"x"}}],{field}}}"#);
     for (field, name) in [
         (r#""response_format":{"type":"json_schema"}"#, "response_format"),
-        (r#""adapter":"x""#, "adapter"),
+        (r#""adapter":"x""#, "`x`; this device has home, office"),
+        (r#""repeat_penalty":0"#, "repeat_penalty"),
+        (r#""repeat_last_n":5000"#, "repeat_last_n"),
         (r#""tools":[{}]"#, "tools"),
         (r#""n":2"#, "`n`"),
-        (r#""frequency_penalty":0.5"#, "frequency_penalty"),
+        (r#""frequency_penalty":2.5"#, "frequency_penalty"),
         (r#""temprature":1"#, "temprature"),
         (r#""temperature":"hot""#, "temperature"),
         (r#""temperature":-1"#, "temperature"),
@@ -96,15 +104,108 @@ fn refused_by_name() {
 }
 
 #[test]
+fn penalties_and_an_adapter() {
+    let request = read(
+        r#"{"messages":[{"role":"user","content":"x"}],"repeat_penalty":1.1,"frequency_penalty":-0.5,
+        "presence_penalty":2,"repeat_last_n":-1,"adapter":"home"}"#,
+    )
+    .unwrap();
+    let sampling = &request.sampling;
+    assert_eq!(
+        (sampling.repeat_penalty, sampling.frequency_penalty),
+        (Some(1.1), Some(-0.5))
+    );
+    assert_eq!(
+        (sampling.presence_penalty, sampling.repeat_last_n),
+        (Some(2.0), Some(-1))
+    );
+    assert_eq!(request.adapter.as_deref(), Some("home"));
+}
+
+fn with_format(format: &Value) -> String {
+    serde_json::json!({"messages": [{"role": "user", "content": "x"}], "response_format": format}).to_string()
+}
+
+#[test]
+fn response_formats() {
+    use serde_json::json;
+    let schema = json!({"type": "object", "properties": {"on": {"type": "boolean"}}});
+    for (format, expected) in [
+        (json!({"type": "text"}), None),
+        (json!({"type": "json_object"}), Some(json!({"type": "object"}))),
+        (
+            json!({"type": "json_object", "schema": schema}),
+            Some(schema.clone()),
+        ),
+        (
+            json!({"type": "json_schema", "json_schema": {"name": "light", "strict": true, "schema": schema}}),
+            Some(schema.clone()),
+        ),
+    ] {
+        assert_eq!(read(&with_format(&format)).unwrap().schema, expected, "{format}");
+    }
+}
+
+#[test]
+fn a_schema_is_bounded_and_the_place_is_named() {
+    use serde_json::json;
+    let refused = |schema: Value| {
+        let format = json!({"type": "json_schema", "json_schema": {"name": "n", "schema": schema}});
+        refused(&with_format(&format))
+    };
+    let place = "/response_format/json_schema/schema";
+    for (schema, pointer, keyword) in [
+        (
+            json!({"properties": {"a/b~": {"$ref": "http://x/y.json"}}}),
+            "/properties/a~1b~0/$ref",
+            "`$ref`",
+        ),
+        (
+            json!({"anyOf": [{}, {"$dynamicRef": "other"}]}),
+            "/anyOf/1/$dynamicRef",
+            "`$dynamicRef`",
+        ),
+        (json!({"items": {"$ref": 7}}), "/items/$ref", "`$ref`"),
+        (
+            json!({"items": {"pattern": "a".repeat(257)}}),
+            "/items/pattern",
+            "257 bytes",
+        ),
+        (json!({"pattern": 1}), "/pattern", "`pattern`"),
+        (
+            json!({"patternProperties": {"b".repeat(300): {}}}),
+            "/patternProperties/b",
+            "300 bytes",
+        ),
+        (json!({"$defs": []}), "/$defs", "`$defs`"),
+    ] {
+        let (code, message) = refused(schema);
+        assert_eq!(code, ErrorCode::InvalidRequest);
+        assert!(
+            message.starts_with(&format!("{place}{pointer}")) && message.contains(keyword),
+            "{message}"
+        );
+    }
+    let (code, message) = refused(json!({"description": "x".repeat(20_000)}));
+    assert_eq!(code, ErrorCode::TooLarge);
+    assert!(message.contains("the limit is 16384"), "{message}");
+    assert!(refused(json!({"pattern": 1, "title": "x"})).1.len() < 300);
+    // Names and values that look like keywords are none.
+    let schema = json!({"properties": {"$ref": {"type": "string"}, "pattern": {"enum": [{"$ref": "http://x"}]}},
+        "const": {"pattern": 7}, "$ref": "#/$defs/a", "$defs": {"a": {"pattern": "^a+$"}}});
+    let format = json!({"type": "json_object", "schema": schema});
+    assert_eq!(read(&with_format(&format)).unwrap().schema, Some(schema));
+}
+
+#[test]
 fn correlation_data_makes_the_id() {
-    let (topics, prefixes, limits) = world();
     let id = |data: &[u8]| {
         let envelope = Envelope {
             payload: b"hi",
             correlation: Some(data),
             ..Envelope::default()
         };
-        let request = parse(&envelope, &topics, &prefixes, &limits).unwrap();
+        let request = parsed(&envelope).unwrap();
         assert_eq!(request.reply.correlation.as_deref(), Some(data));
         assert!(request.fingerprint.is_none());
         request.id
@@ -117,7 +218,6 @@ fn correlation_data_makes_the_id() {
 
 #[test]
 fn a_forbidden_reply_topic_is_never_published_to() {
-    let (topics, prefixes, limits) = world();
     for topic in [
         "pipit/v1/dev/req",
         "pipit/v1/dev/cmd/x",
@@ -131,7 +231,7 @@ fn a_forbidden_reply_topic_is_never_published_to() {
             response_topic: Some(topic),
             ..Envelope::default()
         };
-        let rejection = parse(&envelope, &topics, &prefixes, &limits).unwrap_err();
+        let rejection = parsed(&envelope).unwrap_err();
         assert_eq!(rejection.code, ErrorCode::InvalidRequest);
         assert!(
             rejection.reply.topic.starts_with("pipit/v1/dev/res/"),
@@ -143,16 +243,12 @@ fn a_forbidden_reply_topic_is_never_published_to() {
 
 #[test]
 fn message_expiry_is_a_deadline() {
-    let (topics, prefixes, limits) = world();
     let envelope = Envelope {
         payload: b"hi",
         expiry_s: Some(2),
         ..Envelope::default()
     };
-    assert_eq!(
-        parse(&envelope, &topics, &prefixes, &limits).unwrap().deadline_ms,
-        Some(2000)
-    );
+    assert_eq!(parsed(&envelope).unwrap().deadline_ms, Some(2000));
 }
 
 proptest! {
@@ -161,7 +257,7 @@ proptest! {
                             topic in proptest::option::of(".{0,40}"),
                             correlation in proptest::option::of(proptest::collection::vec(any::<u8>(), 0..80)),
                             kind in proptest::option::of("(application/json|text/plain|.{0,10})")) {
-        let (topics, prefixes, limits) = world();
+        let (topics, prefixes, _) = world();
         let envelope = Envelope {
             payload: &payload,
             response_topic: topic.as_deref(),
@@ -169,7 +265,7 @@ proptest! {
             content_type: kind.as_deref(),
             expiry_s: None,
         };
-        match parse(&envelope, &topics, &prefixes, &limits) {
+        match parsed(&envelope) {
             Ok(request) => {
                 prop_assert!(valid_id(&request.id));
                 prop_assert!(topics.check_reply(&request.reply.topic, &prefixes).is_ok());
@@ -182,7 +278,7 @@ proptest! {
     }
 
     #[test]
-    fn json_shaped_garbage_never_panics(body in r#"\{("(id|messages|stop|seed|top_k|stream|n|adapter|reply_to)":(null|true|-?[0-9]{1,25}|1e400|"[a-z+/#$]{0,9}"|\[\]|\[\{\}\]|\{"a":1\}),){0,6}"x":0\}"#) {
+    fn json_shaped_garbage_never_panics(body in r#"\{("(id|messages|stop|seed|top_k|stream|n|adapter|reply_to|response_format|repeat_last_n)":(null|true|-?[0-9]{1,25}|1e400|"[a-z+/#$]{0,9}"|\[\]|\[\{\}\]|\{"a":1\}),){0,6}"x":0\}"#) {
         let _ = read(&body);
         let _ = read(&body.replace(",\"x\":0", ""));
     }

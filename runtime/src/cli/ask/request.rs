@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
-use serde_json::{Value, json};
+use pipit::wire::body::{NamedSchema, ResponseFormat, Stop, Turn};
+use pipit::wire::{Body, Role};
+use serde_json::Value;
 
 /// Flags that become fields of the request. What is not given is the device's to choose.
 #[derive(Debug, clap::Args)]
@@ -15,19 +17,19 @@ pub(super) struct RequestArgs {
     max_tokens: Option<u32>,
     /// 0 always takes the likeliest token
     #[arg(long, value_name = "T", value_parser = number)]
-    temperature: Option<f64>,
+    temperature: Option<f32>,
     /// Draw from the likeliest tokens that together have this probability
     #[arg(long, value_name = "P", value_parser = number)]
-    top_p: Option<f64>,
+    top_p: Option<f32>,
     /// Draw from the best K tokens; 0 is all
-    #[arg(long, value_name = "K")]
-    top_k: Option<u32>,
+    #[arg(long, value_name = "K", value_parser = clap::value_parser!(i32).range(0..))]
+    top_k: Option<i32>,
     /// Draw from tokens with at least this share of the best one's probability
     #[arg(long, value_name = "P", value_parser = number)]
-    min_p: Option<f64>,
+    min_p: Option<f32>,
     /// Divide the logits of tokens seen before; 1 is off
     #[arg(long, value_name = "R", value_parser = number)]
-    repeat_penalty: Option<f64>,
+    repeat_penalty: Option<f32>,
     /// The same seed gives the same answer
     #[arg(long, value_name = "N", allow_negative_numbers = true)]
     seed: Option<i64>,
@@ -50,43 +52,33 @@ pub(super) struct RequestArgs {
 
 impl RequestArgs {
     /// The body, as docs/protocol.md has it.
-    pub(super) fn body(&self, id: &str, prompt: &str, stream: bool) -> Value {
-        let system = self
-            .system
-            .iter()
-            .map(|text| json!({ "role": "system", "content": text }));
-        let user = json!({ "role": "user", "content": prompt });
-        let messages: Vec<Value> = system.chain([user]).collect();
-        let mut body = json!({ "id": id, "messages": messages, "stream": stream });
-        let format = self.schema.as_ref().map(|schema| {
-            json!({
-                "type": "json_schema",
-                "json_schema": { "name": "answer", "strict": true, "schema": schema },
-            })
-        });
-        let stop = Some(&self.stop).filter(|stop| !stop.is_empty());
-        let deadline_ms = self
-            .deadline
-            .map(|deadline| u64::try_from(deadline.as_millis()).unwrap_or(u64::MAX));
-        for (field, value) in [
-            ("max_tokens", self.max_tokens.map(Value::from)),
-            ("temperature", self.temperature.map(Value::from)),
-            ("top_p", self.top_p.map(Value::from)),
-            ("top_k", self.top_k.map(Value::from)),
-            ("min_p", self.min_p.map(Value::from)),
-            ("repeat_penalty", self.repeat_penalty.map(Value::from)),
-            ("seed", self.seed.map(Value::from)),
-            ("stop", stop.map(|stop| json!(stop))),
-            ("response_format", format),
-            ("adapter", self.adapter.as_deref().map(Value::from)),
-            ("priority", self.priority.map(Value::from)),
-            ("deadline_ms", deadline_ms.map(Value::from)),
-        ] {
-            if let Some(value) = value {
-                body[field] = value;
-            }
+    pub(super) fn body(&self, id: &str, prompt: &str, stream: bool) -> Body {
+        let system = self.system.iter().map(|text| Turn::new(Role::System, text));
+        Body {
+            id: Some(id.to_owned()),
+            messages: system.chain([Turn::new(Role::User, prompt)]).collect(),
+            stream: Some(stream),
+            max_tokens: self.max_tokens,
+            temperature: self.temperature,
+            top_p: self.top_p,
+            top_k: self.top_k,
+            min_p: self.min_p,
+            repeat_penalty: self.repeat_penalty,
+            seed: self.seed,
+            stop: (!self.stop.is_empty()).then(|| Stop::Several(self.stop.clone())),
+            response_format: self.schema.as_ref().map(|schema| ResponseFormat::JsonSchema {
+                json_schema: NamedSchema {
+                    schema: schema.clone(),
+                    ..NamedSchema::default()
+                },
+            }),
+            adapter: self.adapter.clone(),
+            priority: self.priority,
+            deadline_ms: self
+                .deadline
+                .map(|deadline| u32::try_from(deadline.as_millis()).unwrap_or(u32::MAX)),
+            ..Body::default()
         }
-        body
     }
 }
 
@@ -107,10 +99,10 @@ pub(super) fn duration(text: &str) -> Result<Duration, String> {
 }
 
 /// A number that JSON can hold.
-fn number(text: &str) -> Result<f64, String> {
+fn number(text: &str) -> Result<f32, String> {
     text.parse()
         .ok()
-        .filter(|number: &f64| number.is_finite())
+        .filter(|number: &f32| number.is_finite())
         .ok_or_else(|| "hint: a number like 0.7".to_owned())
 }
 
@@ -136,6 +128,7 @@ fn schema(text: &str) -> Result<Value, String> {
 #[cfg(test)]
 mod tests {
     use clap::Parser;
+    use serde_json::json;
 
     use super::*;
 
@@ -147,7 +140,7 @@ mod tests {
 
     fn body(flags: &[&str]) -> Value {
         let line = Line::try_parse_from([&["ask"], flags].concat()).unwrap();
-        line.request.body("one", "Hello", false)
+        serde_json::to_value(line.request.body("one", "Hello", false)).unwrap()
     }
 
     #[test]
@@ -190,9 +183,11 @@ mod tests {
             "--deadline",
             "1500ms",
         ];
-        // As text: 0.7 is 0.7 on the wire, not the nearest f32.
-        let expected = r#"{"id":"one","messages":[{"role":"system","content":"Be brief."},{"role":"user","content":"Hello"}],"stream":false,"max_tokens":9,"temperature":0.7,"top_p":0.9,"top_k":40,"min_p":0.05,"repeat_penalty":1.1,"seed":-3,"stop":["\n","END"],"response_format":{"type":"json_schema","json_schema":{"name":"answer","strict":true,"schema":{"type":"object"}}},"adapter":"home","priority":-5,"deadline_ms":1500}"#;
-        assert_eq!(body(&flags).to_string(), expected);
+        // As text: 0.7 is 0.7 on the wire.
+        let expected = r#"{"id":"one","messages":[{"role":"system","content":"Be brief."},{"role":"user","content":"Hello"}],"max_tokens":9,"temperature":0.7,"top_p":0.9,"top_k":40,"min_p":0.05,"repeat_penalty":1.1,"seed":-3,"stop":["\n","END"],"stream":false,"response_format":{"type":"json_schema","json_schema":{"schema":{"type":"object"}}},"adapter":"home","deadline_ms":1500,"priority":-5}"#;
+        let line = Line::try_parse_from([&["ask"], &flags[..]].concat()).unwrap();
+        let body = serde_json::to_string(&line.request.body("one", "Hello", false)).unwrap();
+        assert_eq!(body, expected);
     }
 
     #[test]

@@ -5,14 +5,15 @@
 
 use std::collections::HashSet;
 
-use super::{OnCommit, OnDelivery, REFUSALS, Service};
+use super::{OnCommit, Service, Unpublished};
 use crate::clock::unix_ms;
 use crate::engine::ToWorker;
+use crate::fault;
 use crate::journal::table::Stage;
-use crate::journal::{Key, Record, StoredAnswer};
+use crate::journal::{Key, Record};
 use crate::mqtt::{Ack, Incoming};
 use crate::reply;
-use crate::wire::{Envelope, ErrorCode, Request, request};
+use crate::wire::{Cancel, Envelope, ErrorCode, Request, Rules, request};
 
 impl Service {
     pub(super) fn message(&mut self, message: &Incoming) {
@@ -42,17 +43,18 @@ impl Service {
             content_type: message.content_type.as_deref(),
             expiry_s: message.expiry_s,
         };
-        let parsed = request::parse(
-            &envelope,
-            &self.topics,
-            &self.config.reply.prefixes,
-            &self.config.limits,
-        );
+        let rules = Rules {
+            topics: &self.topics,
+            prefixes: &self.config.reply.prefixes,
+            limits: &self.config.limits,
+            adapters: &self.adapters,
+        };
+        let parsed = request::parse(&envelope, &rules);
         let mut request = match parsed {
             Ok(request) => Box::new(request),
             Err(rejection) => {
                 let answer = reply::error(&rejection.reply, &rejection.id, rejection.code, rejection.message);
-                self.refuse(message.ack, &answer);
+                self.refuse(message.ack, answer);
                 return;
             }
         };
@@ -78,10 +80,16 @@ impl Service {
             }
             Some(Stage::Done(_) | Stage::Delivered(_)) => {
                 self.counters.duplicates += 1;
-                self.ack(message.ack);
-                // An answer that is not yet safe follows when it is.
-                if !self.accepting.contains_key(&key) {
-                    self.unpublished.push_back((key, request.reply.correlation));
+                // An answer that is not yet safe follows when it is. At QoS 0 nothing holds a flood back.
+                let flood = message.ack.is_none() && self.unpublished.len() >= self.config.limits.queue;
+                if flood || self.accepting.contains_key(&key) {
+                    self.ack(message.ack);
+                } else {
+                    self.unpublished.push_back(Unpublished {
+                        key,
+                        correlation: request.reply.correlation,
+                        ack: message.ack,
+                    });
                     self.publish_answers();
                 }
                 return;
@@ -90,13 +98,14 @@ impl Service {
         }
         if let Some((code, why)) = self.cannot_take(&key) {
             let answer = reply::error(&request.reply, &request.id, code, why);
-            self.refuse(message.ack, &answer);
+            self.refuse(message.ack, answer);
             return;
         }
         self.accept(key, request, message.ack);
     }
 
     fn accept(&mut self, key: Key, request: Box<Request>, ack: Option<Ack>) {
+        fault::passed(fault::Point::AfterReceive);
         let record = Record::Accepted {
             at: unix_ms(),
             request,
@@ -167,29 +176,14 @@ impl Service {
         Some(key)
     }
 
-    /// Answers at once, without a trace in the journal: the same message would be refused again.
-    pub(super) fn refuse(&mut self, ack: Option<Ack>, answer: &StoredAnswer) {
-        self.counters.errors += 1;
-        let token = self.number();
-        let correlation = answer.reply.correlation.clone();
-        let mut message = reply::message(&self.author, answer, correlation, token);
-        if self.on_delivery.len() < REFUSALS {
-            if self.link.publish(message) {
-                self.on_delivery.insert(token, OnDelivery::Nothing);
-            }
-        } else {
-            message.token = None;
-            self.link.publish(message);
-        }
-        self.ack(ack);
-    }
-
     fn cancel(&mut self, payload: &[u8]) {
-        let text = String::from_utf8_lossy(payload);
-        let id = serde_json::from_str::<serde_json::Value>(&text)
-            .ok()
-            .and_then(|value| value.get("id").and_then(|id| id.as_str()).map(ToOwned::to_owned))
-            .unwrap_or_else(|| text.trim().to_owned());
+        let Some(Cancel { id }) = Cancel::parse(payload) else {
+            tracing::debug!(
+                "a message on {} that is no cancel is ignored",
+                self.topics.cancel()
+            );
+            return;
+        };
         let keys: Vec<Key> = self
             .table
             .entries()

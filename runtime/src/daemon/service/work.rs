@@ -42,7 +42,7 @@ impl Service {
             let job = self.number();
             let frame = ToWorker::Run {
                 job,
-                request: Box::new(self.job(&request)),
+                request: Box::new(self.job(&request, waiting.deadline)),
             };
             if !self.worker.send(frame) {
                 self.queue.push(waiting, request.priority);
@@ -61,7 +61,7 @@ impl Service {
         }
     }
 
-    fn job(&self, request: &Request) -> Job {
+    fn job(&self, request: &Request, deadline: Option<Instant>) -> Job {
         let defaults = &self.config.sampling;
         let sampling = &request.sampling;
         Job {
@@ -71,6 +71,10 @@ impl Service {
             schema: request.schema.clone(),
             adapter: request.adapter.clone(),
             stream: request.stream && !request.reply.plain,
+            deadline_ms: deadline.map(|deadline| {
+                let left = deadline.saturating_duration_since(Instant::now());
+                u64::try_from(left.as_millis()).unwrap_or(u64::MAX)
+            }),
             sampling: sampler::Settings {
                 temperature: sampling.temperature.unwrap_or(defaults.temperature),
                 top_p: sampling.top_p.unwrap_or(defaults.top_p),

@@ -1,6 +1,11 @@
 //! Admission: a waiting request gets a slot, and with it whatever was computed before of its prompt.
 
+use std::time::Instant;
+
+use llama_cpp_2::token::LlamaToken;
+
 use super::{LEAST_ENTRY, Scheduler};
+use crate::engine::JobError;
 use crate::engine::prefix::{common, disk};
 use crate::engine::slot::Slot;
 
@@ -22,8 +27,9 @@ impl Scheduler {
     /// Lets in who waits, in order, as long as there are slots and cells; then lets followers take over what their
     /// leaders have computed.
     pub(super) fn admit(&mut self) {
+        self.expire();
         while let Some(slot) = self.waiting.front() {
-            if self.sequences.is_empty() {
+            if self.sequences.is_empty() || self.slots.len() >= self.most {
                 break;
             }
             let adapter = slot.request.adapter.clone();
@@ -40,6 +46,9 @@ impl Scheduler {
             };
             slot.begin();
             slot.sequence = sequence;
+            if self.llama.is_exact() && slot.beginning == 0 {
+                slot.beginning = self.branch(adapter.as_deref(), &tokens, shared);
+            }
             self.restore(&mut slot, source);
             self.slots.push(slot);
         }
@@ -47,8 +56,24 @@ impl Scheduler {
         self.mark_beginnings();
     }
 
+    /// Those whose deadline has passed cost nothing more.
+    fn expire(&mut self) {
+        let now = Instant::now();
+        let late = |slot: &Slot| slot.deadline.is_some_and(|deadline| deadline <= now);
+        let jobs: Vec<u64> = self
+            .waiting
+            .iter()
+            .filter(|slot| late(slot))
+            .map(|slot| slot.job)
+            .collect();
+        self.waiting.retain(|slot| !late(slot));
+        for job in jobs {
+            self.fail(job, &JobError::Expired);
+        }
+    }
+
     /// The longest beginning of `tokens` that an entry or a slot has, or will have soon.
-    fn source(&self, adapter: Option<&str>, tokens: &[llama_cpp_2::token::LlamaToken]) -> Option<Source> {
+    fn source(&self, adapter: Option<&str>, tokens: &[LlamaToken]) -> Option<Source> {
         // The last token is always computed: its logits are what is wanted.
         let most = tokens.len() - 1;
         let entries = self
@@ -92,6 +117,19 @@ impl Scheduler {
             .chain(slots)
             .max_by_key(|source| source.count - if source.job.is_some() { WORTH_WAITING } else { 0 })
             .filter(|source| source.count >= LEAST_ENTRY)
+    }
+
+    /// Where `tokens` part from an entry that they could share only in part, which this model cannot: the next prompt
+    /// that begins so will find an entry that ends there. 0 when that is not worth an entry.
+    fn branch(&self, adapter: Option<&str>, tokens: &[LlamaToken], shared: usize) -> usize {
+        let entries = self.prefixes.entries().iter();
+        let seen = entries
+            .filter(|entry| entry.adapter.as_deref() == adapter)
+            .map(|entry| common(&entry.tokens, tokens).min(tokens.len() - 1))
+            .max()
+            .unwrap_or(0);
+        let point = disk::worth_keeping(0, seen);
+        if point > shared + WORTH_WAITING { point } else { 0 }
     }
 
     /// Makes sure that `need` cells are free, at the expense of entries other than `spared`; changes nothing when that

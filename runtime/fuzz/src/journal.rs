@@ -1,0 +1,1 @@
+../../src/journal.rs
