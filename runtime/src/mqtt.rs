@@ -17,7 +17,6 @@
 //!   its session store holds something: `EmptySession` says that nothing is in flight, which is true.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::pin::Pin;
 use std::time::Duration;
 
 use rumqttc::mqttbytes::QoS;
@@ -26,9 +25,8 @@ use rumqttc::mqttbytes::v5::{
     RetainForwardRule, SubscribeFilter, SubscribeReasonCode,
 };
 use rumqttc::{
-    AckMode, AsyncClient, EventLoop, MqttOptions, PersistedAckMode, PersistedSession, PublishNotice,
-    PublishNoticeError, PublishOptions, PublishResult, SessionStore, SessionStoreError, SessionStoreKey,
-    Transport,
+    AckMode, AsyncClient, EventLoop, MqttOptions, PublishNotice, PublishNoticeError, PublishOptions,
+    PublishResult, Transport,
 };
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -36,8 +34,11 @@ use tokio::task::JoinSet;
 use crate::{clock, fault};
 
 pub mod message;
+mod session;
 
-pub use message::{Ack, Event, Incoming, LinkError, Options, Outgoing};
+use session::EmptySession;
+
+pub use message::{Ack, Delivery, Event, Incoming, LinkError, Options, Outgoing};
 
 /// Requests that may be unacknowledged: the broker holds back the rest.
 const RECEIVE_MAXIMUM: u16 = 32;
@@ -358,23 +359,26 @@ impl Task {
             }
             Notice::Subscribed(Err(reason)) => Err(End::Lost(reason)),
             Notice::Published { token, result } => {
-                let refused = match result {
+                let delivery = match result {
                     Ok(PublishResult::Qos1(puback)) => match puback.reason {
-                        PubAckReason::Success | PubAckReason::NoMatchingSubscribers => None,
+                        PubAckReason::Success => Delivery::Taken,
+                        PubAckReason::NoMatchingSubscribers => Delivery::Unheard,
                         // Over a quota: later, in this or the next session.
                         PubAckReason::QuotaExceeded => {
                             session.waiting.push_back(token);
                             return Ok(());
                         }
-                        reason => Some(format!("{reason:?}")),
+                        reason => Delivery::Refused(format!("{reason:?}")),
                     },
-                    Ok(_) => None,
-                    Err(PublishNoticeError::RetainNotSupported) => Some("no retained messages".to_owned()),
+                    Ok(_) => Delivery::Taken,
+                    Err(PublishNoticeError::RetainNotSupported) => {
+                        Delivery::Refused("no retained messages".to_owned())
+                    }
                     // The connection went: it is published again in the next one.
                     Err(_) => return Ok(()),
                 };
                 self.outbox.remove(&token);
-                self.event(Event::Delivered { token, refused }).await
+                self.event(Event::Delivered { token, delivery }).await
             }
         }
     }
@@ -556,44 +560,5 @@ async fn poll(
         if events.send(event).await.is_err() || last {
             return;
         }
-    }
-}
-
-/// What the methods of a session store return.
-type SessionStoreFuture<'a, T> = Pin<Box<dyn Future<Output = Result<T, SessionStoreError>> + Send + 'a>>;
-
-/// The session store of a client that keeps nothing in flight across connections.
-#[derive(Debug)]
-struct EmptySession {
-    expiry_s: u32,
-}
-
-impl SessionStore for EmptySession {
-    fn load<'a>(&'a self, key: &'a SessionStoreKey) -> SessionStoreFuture<'a, Option<PersistedSession>> {
-        let session = PersistedSession {
-            format_version: 1,
-            client_id: key.client_id().to_owned(),
-            clean_start: false,
-            session_expiry_interval: Some(self.expiry_s),
-            outgoing_inflight_upper_limit: Some(32),
-            ack_mode: PersistedAckMode::Manual,
-            last_pkid: 0,
-            last_puback: 0,
-            replay: Vec::new(),
-            incoming_qos2: Vec::new(),
-        };
-        Box::pin(async move { Ok(Some(session)) })
-    }
-
-    fn save<'a>(
-        &'a self,
-        _key: &'a SessionStoreKey,
-        _session: &'a PersistedSession,
-    ) -> SessionStoreFuture<'a, ()> {
-        Box::pin(async { Ok(()) })
-    }
-
-    fn clear<'a>(&'a self, _key: &'a SessionStoreKey) -> SessionStoreFuture<'a, ()> {
-        Box::pin(async { Ok(()) })
     }
 }

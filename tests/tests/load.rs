@@ -128,7 +128,8 @@ fn a_greedy_client_does_not_starve_the_others() -> Result<()> {
             seen.json(&metrics)["accepted"].as_u64() == Some(least as u64)
         })
     };
-    let greedy = 500;
+    // Fewer than one client may have waiting ([limits] client_queue).
+    let greedy = 240;
     for at in 0..greedy {
         let id = format!("greedy-{at}");
         observer.ask(&id, request(&device, &id, "reply/greedy", 4));

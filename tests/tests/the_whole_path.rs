@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use pipit_tests::broker::Broker;
-use pipit_tests::device::Device;
+use pipit_tests::device::{Device, Options};
 use pipit_tests::{model, program};
 use serde_json::{Value, json};
 
@@ -128,5 +128,59 @@ fn a_published_gguf_is_imported_fine_tuned_quantised_and_served() -> Result<()> 
         first.strip_suffix('\n')
     );
     assert_eq!(answer["ai_generated"], true);
+    drop(device);
+
+    // The same adapter, not merged: a device with the base model answers like the one or like the other, by name.
+    let (plain, lora) = (
+        folder.path().join("base.Q8_0.gguf"),
+        folder.path().join("home.lora.gguf"),
+    );
+    let convert = ["model", base, "-t", "Q8_0", "-o", text(&plain)?];
+    program::run("pipit-convert", convert, LONG)?.success()?;
+    let convert = ["adapter", run, "--base", base, "-o", text(&lora)?];
+    program::run("pipit-convert", convert, LONG)?.success()?;
+    let options = Options {
+        config: format!("[adapters]\nhome = {:?}\n", text(&lora)?),
+        ..Options::default()
+    };
+    let mut device = Device::new("two-minds", &plain, options)?;
+    device.restart(&broker)?;
+    let card = broker.subscribe(&device.topic("card"))?.next(LONG)?;
+    let card: Value = serde_json::from_str(&card.payload)?;
+    assert_eq!(card["adapters"], json!(["home"]), "{card}");
+    let ask = |more: Value| -> Result<String> {
+        let mut body = body.clone();
+        for (key, value) in more.as_object().into_iter().flatten() {
+            body[key] = value.clone();
+        }
+        let answer = broker
+            .request(&device.topic("req"), "reply/me", &body.to_string(), LONG)?
+            .success()?;
+        let answer: Value = serde_json::from_str(&answer)?;
+        let content = answer["choices"][0]["message"]["content"].as_str();
+        Ok(content.with_context(|| answer.to_string())?.to_owned())
+    };
+    // With the weights merged before they were quantised, or beside them: the last bits differ, the beginning does not.
+    let beginning = |text: &str| text.chars().take(10).collect::<String>();
+    let adapted = ask(json!({ "adapter": "home" }))?;
+    assert_eq!(beginning(&adapted), beginning(&first));
+    let own = ask(json!({}))?;
+    assert!(
+        !own.contains("\"intent\""),
+        "the base model knows nothing of intents: {own}"
+    );
+    assert_eq!(
+        ask(json!({ "adapter": "home" }))?,
+        adapted,
+        "what it computed before belongs to no adapter"
+    );
+    let refused = broker.request(
+        &device.topic("req"),
+        "reply/me",
+        &json!({"messages": messages, "adapter": "office"}).to_string(),
+        LONG,
+    )?;
+    let refused: Value = serde_json::from_str(&refused.success()?)?;
+    assert_eq!(refused["error"]["code"], "invalid_request", "{refused}");
     Ok(())
 }

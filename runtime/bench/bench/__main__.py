@@ -4,6 +4,7 @@ import argparse
 import datetime
 import json
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -46,6 +47,7 @@ class Counts:
     schemas: int = 16
     starts: int = 5
     growth: int = 2
+    growth_contexts_rounds: int = 1
     growth_tokens: int = 64
     growth_clients: tuple = (1, 2, 4, 8, 16)
     growth_contexts: tuple = (1024, 2048, 4096, 8192)
@@ -94,6 +96,7 @@ def measure(arguments):
                     # What was measured so far is worth keeping, and the run counts as failed.
                     results.setdefault("failed", {})[part] = repr(error)
                     print(f"error: {part}: {error!r}", file=sys.stderr)
+                arguments.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     if arguments.small:
         results["program"] = {"bytes": arguments.small.stat().st_size}
     results["about"]["seconds"] = round(time.monotonic() - started)
@@ -136,6 +139,8 @@ def main():
         return docs(arguments.docs)
     if not arguments.output:
         parser.error("-o FILE or --docs FILE is missing")
+    # So that the programs under measurement end with this one, whoever ends it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     results = measure(arguments)
     arguments.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(report.terminal(results))

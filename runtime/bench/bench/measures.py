@@ -272,7 +272,8 @@ class Bench:
                 prompts = Prompts(server.tokens)
                 peers = [pipit, server]
                 rest = counts.growth_tokens + 64
-                asked = [prompts.question(context - rest, counts.growth_tokens, stream=True) for _ in range(counts.growth)]
+                asked = [prompts.question(context - rest, counts.growth_tokens, stream=True)
+                         for _ in range(counts.growth_contexts_rounds)]
                 rounds = {peer.name: list(asked) for peer in peers}
                 connected = {peer.name: [peer.client()] for peer in peers}
 
@@ -280,7 +281,7 @@ class Bench:
                     answer = connected[peer.name][0].ask(rounds[peer.name].pop(0))
                     return answer, peer.memory()["rss_mib"]
 
-                runs = turns(peers, counts.growth, act)
+                runs = turns(peers, counts.growth_contexts_rounds, act)
                 result["contexts"].append({"context": context, **{name: {
                     "prompt_tokens": values[0][0].prompt_tokens,
                     "prefill_per_s": median((answer.prompt_tokens - answer.cached_tokens) * 1000 / answer.prompt_ms

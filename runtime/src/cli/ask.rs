@@ -10,7 +10,7 @@ use std::time::Duration;
 use anyhow::{Context as _, bail};
 use pipit::config::Config;
 use pipit::daemon::broker_options;
-use pipit::mqtt::{Event, Incoming, Link, Outgoing};
+use pipit::mqtt::{Delivery, Event, Incoming, Link, Outgoing};
 use pipit::wire::answer::Received;
 use pipit::wire::{Cancel, Completion, Topics};
 
@@ -18,6 +18,9 @@ use super::{BrokerArgs, code};
 use request::{RequestArgs, duration};
 
 mod request;
+
+/// Between two attempts while no device listens.
+const UNHEARD: Duration = Duration::from_millis(500);
 
 const EXAMPLES: &str = "\
 Examples:
@@ -100,11 +103,29 @@ async fn ask(args: &Args, config: &Config) -> anyhow::Result<Option<ExitCode>> {
         now: String::new(),
         next_seq: 0,
     };
+    let send = |number: u64| {
+        link.publish(Outgoing {
+            topic: topics.request(),
+            payload: body.clone(),
+            token: Some(number),
+            content_type: Some("application/json"),
+            ..Outgoing::default()
+        })
+    };
     let mut connected_before = false;
     let mut request = 0;
     let until = tokio::time::Instant::now() + args.timeout;
+    // Set while nobody has heard the request.
+    let mut again = None;
     loop {
-        let Ok(event) = tokio::time::timeout_at(until, events.recv()).await else {
+        let next = again.map_or(until, |again| until.min(again));
+        let Ok(event) = tokio::time::timeout_at(next, events.recv()).await else {
+            if next < until {
+                again = None;
+                request += 1;
+                send(request);
+                continue;
+            }
             let payload = serde_json::to_vec(&Cancel { id })?;
             link.publish(Outgoing {
                 topic: topics.cancel(),
@@ -118,13 +139,7 @@ async fn ask(args: &Args, config: &Config) -> anyhow::Result<Option<ExitCode>> {
             Event::Connected { .. } => {
                 connected_before = true;
                 request += 1;
-                link.publish(Outgoing {
-                    topic: topics.request(),
-                    payload: body.clone(),
-                    token: Some(request),
-                    content_type: Some("application/json"),
-                    ..Outgoing::default()
-                });
+                send(request);
             }
             Event::Disconnected { reason } if !connected_before => {
                 eprintln!(
@@ -136,7 +151,7 @@ async fn ask(args: &Args, config: &Config) -> anyhow::Result<Option<ExitCode>> {
                 tracing::warn!("no connection to the broker: {reason}; trying again");
             }
             Event::Delivered {
-                refused: Some(reason),
+                delivery: Delivery::Refused(reason),
                 ..
             } => {
                 bail!(
@@ -144,6 +159,11 @@ async fn ask(args: &Args, config: &Config) -> anyhow::Result<Option<ExitCode>> {
                     topics.request()
                 );
             }
+            // The device is away, and a broker that was started anew does not know that it will be back.
+            Event::Delivered {
+                delivery: Delivery::Unheard,
+                ..
+            } => again = Some(tokio::time::Instant::now() + UNHEARD),
             Event::Delivered { .. } => {}
             Event::Message(message) => {
                 if let Some(ack) = message.ack {

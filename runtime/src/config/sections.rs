@@ -84,7 +84,7 @@ impl Default for ModelSection {
             cache_type_k: "f16".to_owned(),
             cache_type_v: "f16".to_owned(),
             prefill_chunk: 512,
-            prefill_ms: 250,
+            prefill_ms: 500,
             memory_bytes: 0,
             idle_unload_s: 0,
             hang_s: 120,

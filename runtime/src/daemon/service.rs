@@ -263,7 +263,7 @@ impl Service {
                 }
             }
             LinkEvent::Message(message) => self.message(&message),
-            LinkEvent::Delivered { token, refused } => self.delivered(token, refused.as_deref()),
+            LinkEvent::Delivered { token, delivery } => self.delivered(token, &delivery),
         }
     }
 

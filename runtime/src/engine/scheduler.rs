@@ -19,7 +19,7 @@ use super::pace::Pace;
 use super::pool::{Cells, Pool};
 use super::prefix::Prefixes;
 use super::prefix::disk::Disk;
-use super::slot::Slot;
+use super::slot::{Prepared, Slot};
 use super::{FromWorker, Job, JobError, Settings};
 
 mod admit;
@@ -37,6 +37,8 @@ pub struct Scheduler {
     settings: Settings,
     compiler: Option<Compiler>,
     pace: Pace,
+    /// Tokens of prompts in the batch.
+    prefilling: usize,
     slots: Vec<Slot>,
     waiting: VecDeque<Slot>,
     /// Sequences that no slot has.
@@ -65,6 +67,7 @@ impl Scheduler {
                 Duration::from_millis(u64::from(settings.prefill_ms)),
                 settings.prefill_chunk.min(N_BATCH) as usize,
             ),
+            prefilling: 0,
             slots: Vec::new(),
             waiting: VecDeque::new(),
             sequences: (0..slots).rev().collect(),
@@ -128,6 +131,10 @@ impl Scheduler {
         }
         let constraint = match &request.schema {
             None => None,
+            Some(_) if !request.stop.is_empty() => {
+                let why = "it does not go with `stop`, which would cut the JSON";
+                return Err(JobError::Schema(why.to_owned()));
+            }
             Some(schema) => {
                 if self.compiler.is_none() {
                     self.compiler = Some(Compiler::new(model).map_err(JobError::Schema)?);
@@ -141,16 +148,13 @@ impl Scheduler {
         };
         let beginning = self.llama.prompt().beginning(model, &request.messages, &tokens);
         self.arrivals += 1;
-        Ok(Slot::new(
-            job,
-            request,
-            self.arrivals,
-            model,
+        let prompt = Prepared {
             tokens,
             beginning,
             longest,
             constraint,
-        ))
+        };
+        Ok(Slot::new(job, request, self.arrivals, model, prompt))
     }
 
     /// Stops a request.
@@ -173,10 +177,9 @@ impl Scheduler {
         if rows.is_empty() && self.llama.batched() == 0 {
             return;
         }
-        let tokens = self.llama.batched();
         let started = Instant::now();
         match self.llama.decode() {
-            Ok(()) => self.pace.took(tokens, started.elapsed()),
+            Ok(()) => self.pace.took(self.prefilling, started.elapsed()),
             Err(error) => {
                 self.undecodable(&error);
                 return;
@@ -195,6 +198,7 @@ impl Scheduler {
     /// Fills the batch; returns the jobs whose next token can be chosen after it, with the rows of their logits.
     fn batch(&mut self) -> Vec<(u64, i32)> {
         self.llama.clear();
+        self.prefilling = 0;
         let Some(adapter) = self.next_turn() else {
             return Vec::new();
         };
@@ -214,7 +218,13 @@ impl Scheduler {
             .map(|slot| (slot.pending(), slot.order, slot.job))
             .collect();
         order.sort_unstable();
-        let mut left = self.pace.tokens();
+        let prefill: usize = order
+            .iter()
+            .map(|&(pending, ..)| pending)
+            .filter(|&pending| pending > 1)
+            .sum();
+        let alone = order.len() == 1 && self.waiting.is_empty();
+        let mut left = self.pace.tokens(prefill, alone);
         let mut rows = Vec::new();
         let mut batched = Vec::new();
         for (done, &(pending, _, job)) in order.iter().enumerate() {
@@ -245,6 +255,7 @@ impl Scheduler {
             batched.push(job);
             if pending > 1 {
                 left = left.saturating_sub(count);
+                self.prefilling += count;
             }
         }
         rows
@@ -347,11 +358,8 @@ impl Scheduler {
         if slot.ended.is_some() {
             let slot = self.slots.swap_remove(at);
             self.finish(slot);
-        } else if !slot.fresh.is_empty() {
-            self.events.push(FromWorker::Delta {
-                job: slot.job,
-                text: std::mem::take(&mut slot.fresh),
-            });
+        } else if let Some(text) = slot.due(Instant::now()) {
+            self.events.push(FromWorker::Delta { job: slot.job, text });
         }
     }
 

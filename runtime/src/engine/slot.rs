@@ -17,6 +17,9 @@ use super::pool::Cells;
 use super::sampler::Sampler;
 use super::{Finished, Job, JobError};
 
+/// Between two pieces of a streamed answer; as the daemon publishes them.
+const GATHER: Duration = Duration::from_millis(50);
+
 /// How an answer ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum End {
@@ -24,6 +27,19 @@ pub enum End {
     Stop,
     /// `max_tokens`, or the end of the context.
     Length,
+}
+
+/// What a request becomes before it is let in.
+#[derive(Debug)]
+pub struct Prepared {
+    /// Its prompt, at least one token.
+    pub tokens: Vec<LlamaToken>,
+    /// Where the system messages end, in tokens.
+    pub beginning: usize,
+    /// Most tokens of prompt and answer.
+    pub longest: u32,
+    /// The schema of its answer.
+    pub constraint: Option<Constraint>,
 }
 
 /// One request.
@@ -49,6 +65,8 @@ pub struct Slot {
     pub cached: usize,
     /// Text that was not yet sent.
     pub fresh: String,
+    /// When text was last sent.
+    sent: Option<Instant>,
     /// When the work must have begun; `None` once it has.
     pub deadline: Option<Instant>,
     /// Set when nothing is left to compute.
@@ -65,17 +83,14 @@ pub struct Slot {
 }
 
 impl Slot {
-    /// A request whose prompt is `tokens`, in a context where a sequence has at most `longest`.
-    pub fn new(
-        job: u64,
-        request: Job,
-        order: u64,
-        model: &LlamaModel,
-        tokens: Vec<LlamaToken>,
-        beginning: usize,
-        longest: u32,
-        constraint: Option<Constraint>,
-    ) -> Self {
+    /// A request that is ready to be let in.
+    pub fn new(job: u64, request: Job, order: u64, model: &LlamaModel, prompt: Prepared) -> Self {
+        let Prepared {
+            tokens,
+            beginning,
+            longest,
+            constraint,
+        } = prompt;
         let sampler = Sampler::new(&request.sampling, model.n_vocab(), longest, &tokens);
         let output = Output::new(&request.stop);
         let deadline = request.deadline_ms;
@@ -93,6 +108,7 @@ impl Slot {
             beginning,
             cached: 0,
             fresh: String::new(),
+            sent: None,
             ended: None,
             longest: longest as usize,
             began: Instant::now(),
@@ -166,6 +182,17 @@ impl Slot {
             self.close()?;
         }
         Ok(())
+    }
+
+    /// The text that is to be sent now: the first at once, then what has gathered. Every message wakes the daemon, and it
+    /// takes one of the cores that compute.
+    pub fn due(&mut self, now: Instant) -> Option<String> {
+        let rest = self.sent.is_some_and(|sent| now - sent < GATHER);
+        if self.fresh.is_empty() || rest {
+            return None;
+        }
+        self.sent = Some(now);
+        Some(std::mem::take(&mut self.fresh))
     }
 
     /// The context is full, and nobody else can give way.

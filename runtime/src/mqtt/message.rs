@@ -118,11 +118,22 @@ pub enum Event {
     },
     /// A message came.
     Message(Box<Incoming>),
-    /// The broker has taken a message.
+    /// The broker has said what becomes of a message.
     Delivered {
         /// Its number.
         token: u64,
-        /// Set when the broker refused it, for good.
-        refused: Option<String>,
+        /// What.
+        delivery: Delivery,
     },
+}
+
+/// What becomes of a message.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Delivery {
+    /// The broker has taken it.
+    Taken,
+    /// The broker has taken it, and nobody subscribes to its topic.
+    Unheard,
+    /// The broker refuses it, for good.
+    Refused(String),
 }

@@ -8,7 +8,7 @@ use crate::clock::unix_ms;
 use crate::fault;
 use crate::journal::table::Stage;
 use crate::journal::{Key, Record, StoredAnswer};
-use crate::mqtt::Ack;
+use crate::mqtt::{Ack, Delivery};
 use crate::reply;
 
 impl Service {
@@ -79,7 +79,7 @@ impl Service {
         }
     }
 
-    pub(super) fn delivered(&mut self, token: u64, refused: Option<&str>) {
+    pub(super) fn delivered(&mut self, token: u64, delivery: &Delivery) {
         if self.refusing.remove(&token) {
             self.publish_refusals();
             return;
@@ -87,7 +87,7 @@ impl Service {
         let Some(OnDelivery::Answer(key)) = self.on_delivery.remove(&token) else {
             return;
         };
-        if let Some(reason) = refused {
+        if let Delivery::Refused(reason) = delivery {
             tracing::warn!(id = key.1, "the broker refuses the answer on {}: {reason}", key.0);
         }
         fault::passed(fault::Point::BeforeMark);
