@@ -33,13 +33,13 @@ class Counts:
 
     decode: int = 7
     decode_tokens: int = 128
-    first: int = 9
+    first: int = 7
     prompt_lengths: tuple = (32, 256, 1024)
     crowd: int = 8
     crowd_rounds: int = 3
     crowd_requests: int = 2
     crowd_tokens: int = 96
-    prefix: int = 3
+    prefix: int = 2
     questions: int = 20
     short_tokens: int = 24
     system_tokens: int = 800

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .clients import together
 from .peers import Broker, LlamaServer, Ollama, Pipit, llama_bench
-from .processes import program
+from .processes import program, settle
 from .prompts import Prompts
 
 
@@ -26,6 +26,7 @@ def turns(peers, rounds, act):
     results = {peer.name: [] for peer in peers}
     for at in range(rounds):
         for peer in peers if at % 2 == 0 else reversed(peers):
+            settle(peer.process for peer in peers)
             results[peer.name].append(act(peer))
     return results
 
@@ -49,6 +50,12 @@ class Bench:
         with self.pipit() as pipit, self.server() as server:
             prompts = Prompts(server.tokens)
             clients = {peer.name: peer.client() for peer in (pipit, server)}
+            processes = [pipit.process, server.process]
+
+            def ask(name, body):
+                settle(processes)
+                return clients[name].ask(body)
+
             for client in clients.values():
                 client.ask(prompts.story(4))
             streams, depth = {"pipit": [], "llama-server": []}, 0
@@ -56,8 +63,9 @@ class Bench:
             for at in range(counts.decode):
                 body = prompts.story(counts.decode_tokens, stream=True)
                 for name in sorted(clients, reverse=at % 2 == 1):
-                    streams[name].append(clients[name].ask(body))
+                    streams[name].append(ask(name, body))
                 depth = streams["pipit"][0].prompt_tokens
+                settle(processes)
                 bench.append(llama_bench(self.setup, 0, counts.decode_tokens, depth))
             result["decode"] = {name: {"client_clock": spread(answer.streamed_rate for answer in answers),
                                        "own_timings": spread(answer.decode_rate for answer in answers),
@@ -69,7 +77,7 @@ class Bench:
                 asked = []
                 for at in range(counts.first):
                     body = prompts.question(length, 2, stream=True)
-                    pair = {name: clients[name].ask(body) for name in sorted(clients, reverse=at % 2 == 1)}
+                    pair = {name: ask(name, body) for name in sorted(clients, reverse=at % 2 == 1)}
                     asked.append(pair)
                 result["first"].append({
                     "prompt_tokens": asked[0]["pipit"].prompt_tokens,

@@ -56,6 +56,25 @@ class Process:
         self.stop()
 
 
+def ticks(pids):
+    """CPU time that processes have used, in ticks of 10 ms."""
+    used = 0
+    for pid in pids:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        used += int(fields[11]) + int(fields[12])
+    return used
+
+
+def settle(processes):
+    """Waits until none of them computes: llama.cpp's threads spin for a while when there is nothing left to do, on a core
+    that the next one to be measured wants."""
+    pids = [pid for process in processes for pid in (process.pid, *process.children())]
+    before = -1
+    while (now := ticks(pids)) != before:
+        before = now
+        select.select([], [], [], 0.06)
+
+
 def memory(pids):
     """MiB of processes together: proportional set size (shared pages are shared out) and resident set size."""
     total = {"pss_mib": 0.0, "rss_mib": 0.0}
