@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use pipit_tests::broker::{Broker, Subscription};
-use pipit_tests::device::{Device, PATIENCE};
-use pipit_tests::{model, process};
+use pipit_tests::device::{Device, Options, PATIENCE};
+use pipit_tests::{model, process, program};
 use serde_json::Value;
 
 /// Final answers by id, with how often each text came.
@@ -38,6 +38,17 @@ fn collect(subscription: &Subscription, answers: &mut Answers, wanted: &[&str]) 
         answers.entry(id).or_default().push(text);
     }
     Ok(())
+}
+
+/// A device that answers in the order of arrival.
+fn one_at_a_time(broker: &Broker, name: &str) -> Result<Device> {
+    let options = Options {
+        config: "[model]\nslots = 1\n".to_owned(),
+        ..Options::default()
+    };
+    let mut device = Device::new(name, &model::smollm2()?, options)?;
+    device.restart(broker)?;
+    Ok(device)
 }
 
 /// All answers there will ever be: one more request goes through the whole queue behind the others.
@@ -79,7 +90,7 @@ fn send_all(device: &Device, broker: &Broker) -> Result<()> {
 #[test]
 fn every_prompt_is_answered_once_though_the_worker_is_killed() -> Result<()> {
     let broker = Broker::forgetful()?;
-    let device = Device::start(&broker, "worker-dies", &model::smollm2()?)?;
+    let device = one_at_a_time(&broker, "worker-dies")?;
     let subscription = broker.subscribe(&device.topic("res/#"))?;
     send_all(&device, &broker)?;
 
@@ -110,7 +121,7 @@ fn every_prompt_is_answered_once_though_the_worker_is_killed() -> Result<()> {
 #[test]
 fn every_prompt_is_answered_though_the_daemon_is_killed() -> Result<()> {
     let broker = Broker::forgetful()?;
-    let mut device = Device::start(&broker, "daemon-dies", &model::smollm2()?)?;
+    let mut device = one_at_a_time(&broker, "daemon-dies")?;
     let subscription = broker.subscribe(&device.topic("res/#"))?;
     send_all(&device, &broker)?;
 
@@ -146,7 +157,7 @@ fn every_prompt_is_answered_though_the_daemon_is_killed() -> Result<()> {
 #[test]
 fn a_request_that_comes_again_gets_the_stored_answer() -> Result<()> {
     let broker = Broker::forgetful()?;
-    let mut device = Device::start(&broker, "redelivery", &model::smollm2()?)?;
+    let mut device = one_at_a_time(&broker, "redelivery")?;
     let subscription = broker.subscribe(&device.topic("res/#"))?;
     device.send(&broker, "same", "Name a colour.", 8)?;
     let first = subscription.next(PATIENCE)?;
@@ -162,7 +173,7 @@ fn a_request_that_comes_again_gets_the_stored_answer() -> Result<()> {
 #[test]
 fn a_request_sent_while_the_device_is_down_waits_for_it() -> Result<()> {
     let broker = Broker::persistent()?;
-    let mut device = Device::start(&broker, "away", &model::smollm2()?)?;
+    let mut device = one_at_a_time(&broker, "away")?;
     let subscription = broker.subscribe(&device.topic("res/#"))?;
     let stopped = device.stop()?;
     assert_eq!(
@@ -175,5 +186,32 @@ fn a_request_sent_while_the_device_is_down_waits_for_it() -> Result<()> {
     device.restart(&broker)?;
     let mut answers = Answers::new();
     collect(&subscription, &mut answers, &["while-away"])?;
+    Ok(())
+}
+
+#[test]
+fn a_prompt_that_no_device_hears_is_sent_again() -> Result<()> {
+    let broker = Broker::forgetful()?;
+    let model = model::Tiny::make()?;
+    let mut device = Device::new("late", &model.path(), Options::default())?;
+    let observer = broker.subscribe(&device.topic("res/#"))?;
+    let url = broker.url();
+    let ask = [
+        "ask",
+        "Name a colour.",
+        "--broker",
+        &url,
+        "--device",
+        "late",
+        "--max-tokens",
+        "4",
+    ];
+    let asking = program::start("pipit", ask)?;
+    broker.wait_for_log(PATIENCE, |line| {
+        line.starts_with("Received PUBLISH") && line.contains("late/req")
+    })?;
+    device.restart(&broker)?;
+    asking.finish(PATIENCE)?.success()?;
+    observer.next(PATIENCE)?;
     Ok(())
 }

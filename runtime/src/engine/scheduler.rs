@@ -309,7 +309,7 @@ impl Scheduler {
             if self.pool.take(count, &mut self.slots[at].cells) {
                 return true;
             }
-            if let Some(sequence) = self.prefixes.evict(&mut self.pool) {
+            if let Some(sequence) = self.prefixes.evict(None, &mut self.pool) {
                 self.llama.forget(sequence);
                 continue;
             }
@@ -408,15 +408,16 @@ impl Scheduler {
             return;
         }
         // Where only whole sequences can be shared, their beginnings are of use of their own.
+        let mut proven = false;
         if !self.llama.is_exact() {
-            for sequence in self.prefixes.supersede(name, tokens, &mut self.pool) {
-                self.llama.forget(sequence);
-            }
+            let (old, of_use) = self.prefixes.supersede(name, tokens, &mut self.pool);
+            old.into_iter().for_each(|sequence| self.llama.forget(sequence));
+            proven = of_use;
         }
         let sequence = match self.prefixes.sequence() {
             Some(sequence) => sequence,
             None => {
-                let Some(oldest) = self.prefixes.evict(&mut self.pool) else {
+                let Some(oldest) = self.prefixes.evict(None, &mut self.pool) else {
                     return;
                 };
                 self.llama.forget(oldest);
@@ -428,7 +429,11 @@ impl Scheduler {
         };
         self.llama.copy(from, sequence, tokens.len());
         let cells = self.pool.share(cells, tokens.len());
-        self.prefixes.add(sequence, adapter, tokens.to_vec(), cells);
+        self.prefixes
+            .add(sequence, adapter, tokens.to_vec(), cells, proven);
+        while let Some(sequence) = self.prefixes.thin(&mut self.pool) {
+            self.llama.forget(sequence);
+        }
     }
 
     /// llama.cpp could not compute the batch, and has put everything back as it was. For want of room (the account knows
@@ -437,7 +442,7 @@ impl Scheduler {
     fn undecodable(&mut self, error: &DecodeError) {
         tracing::warn!("llama.cpp cannot decode: {error}");
         let crowded = self.slots.len() > 1 || !self.prefixes.entries().is_empty();
-        while let Some(sequence) = self.prefixes.evict(&mut self.pool) {
+        while let Some(sequence) = self.prefixes.evict(None, &mut self.pool) {
             self.llama.forget(sequence);
         }
         if *error == DecodeError::NoKvCacheSlot && crowded {

@@ -194,12 +194,12 @@ impl Disk {
         sequence: i32,
     ) -> Result<(), DiskError> {
         let outcome = read_state(&found.path).and_then(|state| {
-            // SAFETY: the checksum says that these are the bytes that `store` wrote, and the header (checked by
-            // `open`) that the same build of llama.cpp made them from the same model with the same cache types.
             #[expect(
                 unsafe_code,
                 reason = "the safe wrapper takes only states of the same process"
             )]
+            // SAFETY: the checksum says that these are the bytes that `store` wrote, and the header (checked by
+            // `open`) that the same build of llama.cpp made them from the same model with the same cache types.
             let loaded =
                 unsafe { context.state_seq_set_data_ext(&state, sequence, LlamaStateSeqFlags::empty()) };
             loaded.then_some(()).ok_or_else(|| DiskError {
@@ -247,8 +247,8 @@ impl Disk {
         let adapter = self.identity(adapter);
         let flags = LlamaStateSeqFlags::empty();
         let mut state = vec![0_u8; context.state_seq_get_size_ext(sequence, flags)];
-        // SAFETY: the buffer has the size that llama.cpp has just asked for, and nothing ran in between.
         #[expect(unsafe_code, reason = "the safe wrapper hides the bytes")]
+        // SAFETY: the buffer has the size that llama.cpp has just asked for, and nothing ran in between.
         let written = unsafe { context.state_seq_get_data_ext(state.as_mut_ptr(), sequence, flags) };
         if written == 0 || written != state.len() {
             return;

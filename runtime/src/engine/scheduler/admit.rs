@@ -145,11 +145,9 @@ impl Scheduler {
         if self.pool.free() + evictable < need && !alone {
             return false;
         }
-        if let Some(spared) = spared {
-            self.prefixes.touch(spared);
-        }
         while self.pool.free() < need {
-            let Some(sequence) = self.prefixes.evict(&mut self.pool) else {
+            let others = self.prefixes.evict(spared, &mut self.pool);
+            let Some(sequence) = others.or_else(|| self.prefixes.evict(None, &mut self.pool)) else {
                 // Alone, with the whole context: what does not fit is cut when it gets there.
                 return alone;
             };
@@ -161,7 +159,7 @@ impl Scheduler {
     /// Gives a new slot its beginning: from another sequence, or from the disk when that has more.
     fn restore(&mut self, slot: &mut Slot, source: Option<Source>) {
         let known = source.map_or(0, |source| source.count);
-        if self.from_disk(slot, known) {
+        if self.restore_from_disk(slot, known) {
             return;
         }
         let Some(source) = source else {
@@ -192,7 +190,7 @@ impl Scheduler {
         let Some(cells) = cells.filter(|cells| cells.len() >= count).cloned() else {
             return;
         };
-        self.prefixes.touch(from);
+        self.prefixes.touch(from, count);
         self.llama.copy(from, slot.sequence, count);
         slot.cells = self.pool.share(&cells, count);
         if slot.is_prefilling() {
@@ -247,10 +245,10 @@ impl Scheduler {
                 self.enter(from, adapter, &tokens, &cells);
             }
         }
-        self.to_disk();
+        self.write_to_disk();
     }
 
-    fn from_disk(&mut self, slot: &mut Slot, known: usize) -> bool {
+    fn restore_from_disk(&mut self, slot: &mut Slot, known: usize) -> bool {
         let Some(found) = self
             .disk
             .as_mut()
@@ -286,7 +284,7 @@ impl Scheduler {
     }
 
     /// Writes to the disk what more than one prompt began with.
-    fn to_disk(&mut self) {
+    fn write_to_disk(&mut self) {
         let Some(disk) = &mut self.disk else {
             return;
         };
