@@ -280,22 +280,23 @@ class Bench:
                 prompts = Prompts(server.tokens)
                 peers = [pipit, server]
                 rest = counts.growth_tokens + 64
-                asked = [prompts.question(context - rest, counts.growth_tokens, stream=True)
-                         for _ in range(counts.growth_contexts_rounds)]
-                rounds = {peer.name: list(asked) for peer in peers}
+                texts = [prompts.text(context - rest) for _ in range(counts.growth_contexts_rounds)]
+                rounds = {peer.name: list(texts) for peer in peers}
                 connected = {peer.name: [peer.client()] for peer in peers}
 
                 def act(peer, rounds=rounds, connected=connected):
-                    answer = connected[peer.name][0].ask(rounds[peer.name].pop(0))
-                    return answer, peer.memory()["rss_mib"]
+                    first, longest = prompts.endings(connected[peer.name][0].ask, rounds[peer.name].pop(0),
+                                                     counts.growth_tokens)
+                    return first, longest, peer.memory()["rss_mib"]
 
                 runs = turns(peers, counts.growth_contexts_rounds, act)
                 result["contexts"].append({"context": context, **{name: {
                     "prompt_tokens": values[0][0].prompt_tokens,
-                    "prefill_per_s": median((answer.prompt_tokens - answer.cached_tokens) * 1000 / answer.prompt_ms
-                                            for answer, _ in values),
-                    "tokens_per_s": median(answer.streamed_rate for answer, _ in values if answer.tokens > 8),
-                    "rss_mib": values[-1][1]} for name, values in runs.items()}})
+                    "prefill_per_s": median((first.prompt_tokens - first.cached_tokens) * 1000 / first.prompt_ms
+                                            for first, _, _ in values),
+                    "tokens_per_s": median(longest.streamed_rate for _, longest, _ in values),
+                    "tokens": [longest.tokens for _, longest, _ in values],
+                    "rss_mib": values[-1][2]} for name, values in runs.items()}})
                 self.say(f"context {context}: {result['contexts'][-1]}")
                 close(connected)
         return result

@@ -48,6 +48,19 @@ class Prompts:
         """One user message of about so many tokens."""
         return body([user(self.text(tokens) + " What happens next?")], max_tokens, stream=stream)
 
+    def endings(self, ask, text, tokens):
+        """Asks about a long text until an answer is long enough to take its speed; the text is computed once. Returns the
+        first answer and the longest."""
+        answers = []
+        for ending in ("What happens next?", "Tell a long story about all of this.", "List every sentence again.", "Go on."):
+            answers.append(ask(body([user(f"{text} {ending}")], tokens, stream=True)))
+            if answers[-1].tokens >= tokens // 2:
+                break
+        longest = max(answers, key=lambda answer: answer.tokens)
+        if longest.tokens < 4:
+            raise RuntimeError(f"the model has nothing to say about {answers[0].prompt_tokens} tokens")
+        return answers[0], longest
+
     def story(self, max_tokens, stream=False):
         """A short question with a long answer."""
         self.made += 1

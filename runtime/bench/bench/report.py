@@ -36,6 +36,8 @@ def markdown(runs):
             parts.append(path(one))
         if growth := results.get("growth"):
             parts.append(grown(growth))
+        for part, why in results.get("failed", {}).items():
+            parts.append(f"Not whole: `{part}`: {why}.")
     return "\n\n".join(parts)
 
 
