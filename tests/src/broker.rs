@@ -129,18 +129,6 @@ impl Broker {
         Ok(())
     }
 
-    /// Waits for a line of its log that `wanted` accepts.
-    ///
-    /// # Errors
-    /// When none comes within `limit`, or it does not run.
-    pub fn wait_for_log(&self, limit: Duration, mut wanted: impl FnMut(&str) -> bool) -> Result<String> {
-        let process = self.process.as_ref().context("the broker does not run")?;
-        // Each line begins with a time.
-        process.wait_for_line(limit, |line| {
-            line.split_once(": ").is_some_and(|(_, text)| wanted(text))
-        })
-    }
-
     /// Subscribes with mosquitto_sub (MQTT 5, QoS 1); returns once the broker has confirmed it.
     ///
     /// # Errors

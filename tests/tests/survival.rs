@@ -207,9 +207,7 @@ fn a_prompt_that_no_device_hears_is_sent_again() -> Result<()> {
         "4",
     ];
     let asking = program::start("pipit", ask)?;
-    broker.wait_for_log(PATIENCE, |line| {
-        line.starts_with("Received PUBLISH") && line.contains("late/req")
-    })?;
+    asking.wait_for_line(PATIENCE, |line| line.contains("no device listens"))?;
     device.restart(&broker)?;
     asking.finish(PATIENCE)?.success()?;
     observer.next(PATIENCE)?;

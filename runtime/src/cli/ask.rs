@@ -163,7 +163,12 @@ async fn ask(args: &Args, config: &Config) -> anyhow::Result<Option<ExitCode>> {
             Event::Delivered {
                 delivery: Delivery::Unheard,
                 ..
-            } => again = Some(tokio::time::Instant::now() + UNHEARD),
+            } => {
+                if request == 1 {
+                    tracing::warn!("no device listens on {}; trying again", topics.request());
+                }
+                again = Some(tokio::time::Instant::now() + UNHEARD);
+            }
             Event::Delivered { .. } => {}
             Event::Message(message) => {
                 if let Some(ack) = message.ack {
