@@ -130,7 +130,7 @@ impl Constraint {
     /// looks back can tell. They are the grammar's, not the model's.
     ///
     /// # Errors
-    /// When the schema wants more than [`MOST_CLOSING`] bytes, a long pattern for example.
+    /// When the schema wants more than 4096 bytes, a long pattern for example.
     pub fn close(&mut self) -> Result<Vec<u8>, String> {
         let fail = |error: anyhow::Error| error.to_string();
         let env = self.matcher.tok_env().map_err(fail)?;

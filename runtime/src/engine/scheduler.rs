@@ -2,7 +2,7 @@
 //!
 //! In: jobs and cancels, at any time between two steps. Out: events for the daemon. A step takes one token of every slot
 //! that decodes, and shares what is left of the batch out among the slots that prefill, so that a short prompt is not
-//! stuck behind a long one. [`admit`] says who gets a slot and what it need not compute.
+//! stuck behind a long one. `admit` says who gets a slot and what it need not compute.
 //!
 //! The context is one pool of cells. A request is let in when its prompt fits; when cells run out later, first the kept
 //! beginnings go, then the youngest slot gives up its cells and computes its tokens again when there is room.
