@@ -56,8 +56,9 @@ fn what_is_measured_is_what_llama_imatrix_measures() {
         let other = &theirs.entries[name];
         assert_eq!(entry.counts, other.counts, "{name}");
         for (sum, other) in entry.sums.iter().zip(&other.sums) {
-            // Other processors' kernels add in another order: AVX-512 differs by 1.04e-4 from AVX2, which made these.
-            assert!((sum - other).abs() <= 3e-4 * other.abs(), "{name}: {sum} {other}");
+            // Kernels of other processors have another exponential and add in another order: AVX-512 is up to 6e-4 off
+            // AVX2, which made these.
+            assert!((sum - other).abs() <= 2e-3 * other.abs(), "{name}: {sum} {other}");
         }
     }
 }
