@@ -30,9 +30,6 @@ mod work;
 
 pub use work::run;
 
-/// Longest line that is read; the daemon's own limits are far below.
-pub const MOST_FRAME_BYTES: usize = 16 * 1024 * 1024;
-
 /// What the worker is started with, as the first line of its input.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Settings {
