@@ -12,26 +12,12 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
+mod models;
+
 const PIPIT: &str = env!("CARGO_BIN_EXE_pipit");
 
 fn model() -> PathBuf {
-    let path = std::env::var_os("PIPIT_TEST_MODEL").map_or_else(
-        || {
-            let cache = std::env::var_os("XDG_CACHE_HOME")
-                .map(PathBuf::from)
-                .unwrap_or_else(|| {
-                    PathBuf::from(std::env::var_os("HOME").expect("HOME is set")).join(".cache")
-                });
-            cache.join("pipit/SmolLM2-135M-Instruct.Q4_1.gguf")
-        },
-        PathBuf::from,
-    );
-    assert!(
-        path.is_file(),
-        "the test model is not at {}; ./check fetches it, PIPIT_TEST_MODEL names another",
-        path.display()
-    );
-    path
+    models::model("PIPIT_TEST_MODEL", "SmolLM2-135M-Instruct.Q4_1.gguf")
 }
 
 fn free_port() -> u16 {

@@ -180,11 +180,8 @@ impl Scheduler {
             .find(|entry| entry.sequence == from)
             .map(|entry| &entry.cells)
             .or_else(|| {
-                let slots = self.slots.iter();
-                slots
-                    .into_iter()
-                    .find(|slot| slot.sequence == from)
-                    .map(|slot| &slot.cells)
+                let slot = self.slots.iter().find(|slot| slot.sequence == from)?;
+                Some(&slot.cells)
             });
         // It may have been evicted to make room.
         let Some(cells) = cells.filter(|cells| cells.len() >= count).cloned() else {
@@ -251,7 +248,7 @@ impl Scheduler {
     fn restore_from_disk(&mut self, slot: &mut Slot, known: usize) -> bool {
         let Some(found) = self
             .disk
-            .as_mut()
+            .as_ref()
             .and_then(|disk| disk.find(slot.request.adapter.as_deref(), &slot.tokens))
         else {
             return false;
@@ -269,18 +266,13 @@ impl Scheduler {
         match disk.load(&found, self.llama.context_mut(), slot.sequence) {
             Ok(()) if self.pool.take(count, &mut slot.cells) => {
                 slot.cached = count;
-                true
+                return true;
             }
-            Ok(()) => {
-                self.llama.forget(slot.sequence);
-                false
-            }
-            Err(error) => {
-                tracing::warn!("{error}; it is computed again");
-                self.llama.forget(slot.sequence);
-                false
-            }
+            Ok(()) => {}
+            Err(error) => tracing::warn!("{error}; it is computed again"),
         }
+        self.llama.forget(slot.sequence);
+        false
     }
 
     /// Writes to the disk what more than one prompt began with.
