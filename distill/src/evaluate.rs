@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use crate::batch::Batch;
 use crate::data::{Prompt, Sample};
-use crate::model::{Llama, Mode};
+use crate::model::{Mode, Model};
 use crate::rollout::{Stop, greedy};
 
 /// Sums over some rows.
@@ -71,7 +71,7 @@ impl Score {
 }
 
 /// The sum of −log p over the labels of one batch, in nats.
-pub fn loss_sum(model: &Llama, samples: &[&Sample]) -> Result<f64> {
+pub fn loss_sum(model: &Model, samples: &[&Sample]) -> Result<f64> {
     let batch = Batch::new(
         samples
             .iter()
@@ -97,7 +97,7 @@ pub struct Answer {
 
 /// The model's greedy answers. Prompts must have at least one token.
 pub fn answers(
-    model: &Llama,
+    model: &Model,
     prompts: &[Prompt],
     stop: &Stop<'_>,
     decode: impl Fn(&[u32]) -> std::result::Result<String, crate::data::DataError>,

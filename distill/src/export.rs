@@ -7,7 +7,7 @@ use std::path::Path;
 use serde_json::{Map, Value, json};
 
 use crate::model::ops::with_elements;
-use crate::model::{Llama, Mode};
+use crate::model::{Mode, Model};
 
 /// What belongs to a checkpoint beside its weights.
 const BESIDE: [&str; 8] = [
@@ -23,7 +23,7 @@ const BESIDE: [&str; 8] = [
 
 /// Writes `model.safetensors` (f32) into a folder, and copies what belongs beside it from the base.
 /// Tensors are written one after another: no second copy of the model is held.
-pub fn save_checkpoint(model: &Llama, base: &Path, dir: &Path) -> io::Result<()> {
+pub fn save_checkpoint(model: &Model, base: &Path, dir: &Path) -> io::Result<()> {
     for name in BESIDE {
         if base.join(name).is_file() {
             std::fs::copy(base.join(name), dir.join(name))?;

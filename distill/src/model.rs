@@ -1,18 +1,26 @@
 //! Trainable models: their configuration, their weights, and the forward pass with gradients.
 
+mod block;
 mod cache;
 mod config;
+mod decoder;
+mod linear;
 mod llama;
+mod load;
 pub mod ops;
 mod parameter;
+mod weight;
 
 use std::path::PathBuf;
 
+pub use block::Pass;
 pub use cache::KvCache;
-pub use config::LlamaConfig;
-pub use llama::Llama;
-pub use parameter::{Linear, Lora, Mode, Parameter};
+pub use config::{Architecture, Config};
+pub use decoder::Model;
+pub use linear::{Linear, Lora};
+pub use parameter::{Mode, Parameter};
 use pipit_convert::checkpoint::CheckpointError;
+pub use weight::{QuantizedRows, Weight};
 
 /// What can be wrong with a model.
 #[derive(Debug, thiserror::Error)]

@@ -9,7 +9,7 @@ use serde::Serialize;
 use crate::batch::Batch;
 use crate::data::Sample;
 use crate::evaluate;
-use crate::model::{Llama, Mode};
+use crate::model::{Mode, Model};
 use crate::optimizer::{AdamW, AdamWOptions, Schedule, clip_factor, global_norm};
 use crate::random::{Random, mix};
 
@@ -181,7 +181,7 @@ fn batch_of(samples: &[&Sample]) -> Batch {
 }
 
 /// Nats a token over samples, `batch_size` of them at a time.
-pub fn evaluation_loss(model: &Llama, samples: &[Sample], batch_size: usize) -> candle_core::Result<f64> {
+pub fn evaluation_loss(model: &Model, samples: &[Sample], batch_size: usize) -> candle_core::Result<f64> {
     let (mut sum, mut tokens) = (0.0, 0);
     let all: Vec<&Sample> = samples.iter().collect();
     for part in all.chunks(batch_size.max(1)) {
@@ -194,7 +194,7 @@ pub fn evaluation_loss(model: &Llama, samples: &[Sample], batch_size: usize) -> 
 /// Trains whatever the model has that is trained. Needs a stack that is deep enough for the backward pass of
 /// the whole graph, see [`with_deep_stack`]. `samples` must not be empty.
 pub fn train(
-    model: &Llama,
+    model: &Model,
     samples: &[Sample],
     eval_samples: &[Sample],
     options: &TrainOptions,

@@ -9,7 +9,7 @@ use candle_core::{Device, Tensor};
 use pipit_convert::adapter::PeftAdapter;
 use pipit_distill::adapter;
 use pipit_distill::batch::Batch;
-use pipit_distill::model::{Llama, Mode};
+use pipit_distill::model::{Mode, Model};
 use pipit_distill::optimizer::{AdamW, AdamWOptions, clip_factor, global_norm};
 
 const MODELS: [&str; 2] = ["tiny-tied", "tiny-untied"];
@@ -83,7 +83,7 @@ fn torch_logits(expected: &HashMap<String, Tensor>, model: &HashMap<String, Tens
         .collect()
 }
 
-fn check_model(model: &Llama, expected: &HashMap<String, Tensor>, rows_of: &HashMap<String, Tensor>) {
+fn check_model(model: &Model, expected: &HashMap<String, Tensor>, rows_of: &HashMap<String, Tensor>) {
     let batch = batch(&rows(rows_of));
     let logits = model
         .logits(&model.hidden(&batch, Mode::INFERENCE).unwrap())
@@ -131,14 +131,14 @@ fn check_model(model: &Llama, expected: &HashMap<String, Tensor>, rows_of: &Hash
 fn logits_loss_and_every_gradient_are_torchs() {
     for name in MODELS {
         let expected = expected(name);
-        check_model(&Llama::open(&fixture(name), true).unwrap(), &expected, &expected);
+        check_model(&Model::open(&fixture(name), true).unwrap(), &expected, &expected);
     }
 }
 
 #[test]
 fn an_adapter_of_peft_gives_pefts_logits_and_gradients() {
     for name in MODELS {
-        let mut model = Llama::open(&fixture(name), false).unwrap();
+        let mut model = Model::open(&fixture(name), false).unwrap();
         let stored = PeftAdapter::open(&fixture(&format!("{name}-lora"))).unwrap();
         adapter::apply(&mut model, &stored).unwrap();
         check_model(&model, &expected(&format!("{name}-lora")), &expected(name));
@@ -149,7 +149,7 @@ fn an_adapter_of_peft_gives_pefts_logits_and_gradients() {
 fn twenty_steps_of_adamw_are_torchs() {
     for name in MODELS {
         let expected = expected(name);
-        let model = Llama::open(&fixture(name), true).unwrap();
+        let model = Model::open(&fixture(name), true).unwrap();
         let batch = batch(&rows(&expected));
         let options = AdamWOptions {
             beta1: 0.9,
@@ -184,7 +184,7 @@ fn twenty_steps_of_adamw_are_torchs() {
     }
 }
 
-fn loss_and_gradients(model: &Llama, batch: &Batch, chunk: usize) -> (f32, Vec<Vec<f32>>) {
+fn loss_and_gradients(model: &Model, batch: &Batch, chunk: usize) -> (f32, Vec<Vec<f32>>) {
     let loss = model.loss_sum(batch, TRAIN, chunk).unwrap();
     let grads = loss.backward().unwrap();
     let gradients = model
@@ -199,7 +199,7 @@ fn loss_and_gradients(model: &Llama, batch: &Batch, chunk: usize) -> (f32, Vec<V
 fn a_batch_is_the_sum_of_its_sequences() {
     for name in MODELS {
         let rows = rows(&expected(name));
-        let model = Llama::open(&fixture(name), true).unwrap();
+        let model = Model::open(&fixture(name), true).unwrap();
         let (loss, gradients) = loss_and_gradients(&model, &batch(&rows), 64);
         let singles: Vec<_> = rows
             .iter()
@@ -223,7 +223,7 @@ fn a_batch_is_the_sum_of_its_sequences() {
 #[test]
 fn the_chunk_of_the_vocabulary_loss_changes_nothing() {
     let expected = expected("tiny-tied");
-    let model = Llama::open(&fixture("tiny-tied"), true).unwrap();
+    let model = Model::open(&fixture("tiny-tied"), true).unwrap();
     let batch = batch(&rows(&expected));
     let (loss, gradients) = loss_and_gradients(&model, &batch, batch.trained_tokens());
     for chunk in [1, 7, 256] {
@@ -243,7 +243,7 @@ fn an_adapter_whose_b_is_zero_changes_no_bit() {
     use pipit_convert::adapter::TargetModules;
     let rows = rows(&expected("tiny-tied"));
     let batch = batch(&rows);
-    let mut model = Llama::open(&fixture("tiny-tied"), false).unwrap();
+    let mut model = Model::open(&fixture("tiny-tied"), false).unwrap();
     let before = floats(&model.hidden(&batch, Mode::INFERENCE).unwrap());
     let options = adapter::LoraOptions {
         r: 4,
@@ -261,7 +261,7 @@ fn an_adapter_whose_b_is_zero_changes_no_bit() {
 #[test]
 fn answers_with_a_cache_are_those_without() {
     use pipit_distill::rollout::{Stop, greedy};
-    let model = Llama::open(&fixture("tiny-untied"), false).unwrap();
+    let model = Model::open(&fixture("tiny-untied"), false).unwrap();
     let prompts: [&[u32]; 3] = [&[7, 20, 33, 46, 59], &[8], &[100, 3, 200]];
     // The end token is one that the second prompt's answer has, so that the batch shrinks on its way.
     let without = |prompt: &[u32], eos: &[u32]| -> Vec<u32> {

@@ -8,7 +8,7 @@ use pipit_convert::adapter::{AdapterConfig, Patterns, PeftAdapter, TargetModules
 use safetensors::tensor::{Dtype, TensorView};
 
 use super::{AdapterError, select};
-use crate::model::{Llama, Lora, Parameter};
+use crate::model::{Lora, Model, Parameter};
 use crate::random::Random;
 
 /// What a new adapter looks like, spelled as PEFT's `LoraConfig` spells it.
@@ -47,7 +47,7 @@ fn parameters(
 /// Puts a new adapter on the model: A from kaiming_uniform(a = √5), which is U(±1/√in), and B zero, so that
 /// the model is unchanged at first. Returns the configuration as it is to be saved.
 pub fn add(
-    model: &mut Llama,
+    model: &mut Model,
     options: &LoraOptions,
     base: &str,
     random: &mut Random,
@@ -66,9 +66,7 @@ pub fn add(
         .linears_mut()
         .filter(|linear| chosen.contains(&linear.module()))
     {
-        let &[out, input] = linear.weight.get(crate::model::Mode::INFERENCE).dims() else {
-            continue;
-        };
+        let [out, input] = linear.weight.dims();
         let bound = 1.0 / (input as f64).sqrt();
         let a = (0..r * input)
             .map(|_| ((random.uniform() * 2.0 - 1.0) * bound) as f32)
@@ -116,7 +114,7 @@ pub fn add(
 }
 
 /// Puts a stored adapter on the model. What is more than plain LoRA on linear layers is refused by name.
-pub fn apply(model: &mut Llama, adapter: &PeftAdapter) -> Result<(), AdapterError> {
+pub fn apply(model: &mut Model, adapter: &PeftAdapter) -> Result<(), AdapterError> {
     if let Some(beyond) = adapter.beyond_plain() {
         return Err(beyond.into());
     }
@@ -133,8 +131,8 @@ pub fn apply(model: &mut Llama, adapter: &PeftAdapter) -> Result<(), AdapterErro
         };
         left.retain(|name| *name != linear.module());
         let found = [lora.n_out, lora.n_in];
-        let expected = linear.weight.get(crate::model::Mode::INFERENCE).dims();
-        if found != *expected {
+        let expected = linear.weight.dims();
+        if found != expected {
             return Err(other_base(
                 linear.module(),
                 format!("is {expected:?} here, {found:?} in the adapter"),
@@ -158,7 +156,7 @@ pub fn apply(model: &mut Llama, adapter: &PeftAdapter) -> Result<(), AdapterErro
 
 /// Writes `adapter_config.json` and `adapter_model.safetensors` into a folder. Keys are PEFT's,
 /// `base_model.model.MODULE.lora_A.weight`.
-pub fn save(model: &Llama, config: &AdapterConfig, dir: &Path) -> Result<(), AdapterError> {
+pub fn save(model: &Model, config: &AdapterConfig, dir: &Path) -> Result<(), AdapterError> {
     let config_path = dir.join("adapter_config.json");
     let mut json = serde_json::to_string_pretty(config).map_err(|e| AdapterError::Write {
         path: config_path.clone(),

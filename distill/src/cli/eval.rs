@@ -12,7 +12,7 @@ use super::{Output, UsageError, refuse_gguf};
 use crate::adapter;
 use crate::data::{Encoder, Prompt, Row, Sample, read_rows};
 use crate::evaluate::{Figures, Score, Table, answers, loss_sum};
-use crate::model::Llama;
+use crate::model::Model;
 use crate::rollout::Stop;
 use crate::trainer::with_deep_stack;
 
@@ -71,7 +71,7 @@ pub fn run(args: &Args, output: Output) -> anyhow::Result<()> {
 
 fn evaluate(args: &Args, output: Output, stop: &AtomicBool) -> anyhow::Result<()> {
     refuse_gguf(&args.model)?;
-    let mut model = Llama::open(&args.model, false)?;
+    let mut model = Model::open(&args.model, false)?;
     if let Some(dir) = &args.adapter {
         adapter::apply(&mut model, &PeftAdapter::open(dir)?)?;
     }

@@ -16,7 +16,7 @@ use crate::adapter::{self, LoraOptions};
 use crate::data::{DataReport, Encoder, Prompt, ReadRow, Sample, read_rows};
 use crate::evaluate::{Answer, answers};
 use crate::export::save_checkpoint;
-use crate::model::Llama;
+use crate::model::Model;
 use crate::optimizer::AdamWOptions;
 use crate::random::Random;
 use crate::rollout::Stop;
@@ -61,7 +61,7 @@ struct Summary<'a> {
 
 /// Everything that is read before training starts.
 struct Prepared {
-    model: Llama,
+    model: Model,
     adapter: Option<pipit_convert::adapter::AdapterConfig>,
     encoder: Encoder,
     samples: Vec<Sample>,
@@ -96,10 +96,7 @@ fn sft(config: &mut SftConfig, output: Output, stop: &AtomicBool) -> anyhow::Res
     let Prepared { model, encoder, .. } = &prepared;
     let options = train_options(config, prepared.samples.len());
     let trained: usize = model.trained().iter().map(|(_, var)| var.elem_count()).sum();
-    let parameters: usize = model
-        .weights()
-        .map(|weight| weight.get(crate::model::Mode::INFERENCE).elem_count())
-        .sum();
+    let parameters = model.parameters();
     let free = free_bytes(run.path());
     let needed = 4 * trained as u64 + (8 << 20);
     if free.is_some_and(|free| free < needed) {
@@ -220,7 +217,7 @@ fn record(kept: &mut std::io::Result<()>, new: std::io::Result<()>) {
 
 fn prepare(config: &mut SftConfig, output: Output) -> anyhow::Result<Prepared> {
     refuse_gguf(&config.model)?;
-    let mut model = Llama::open(&config.model, config.method == Method::Full)?;
+    let mut model = Model::open(&config.model, config.method == Method::Full)?;
     let adapter = match config.method {
         Method::Full => None,
         Method::Lora => {

@@ -7,7 +7,6 @@ use super::ops::{Heads, Sequence, attend, with_elements};
 /// The cache of several sequences, each of its own length.
 #[derive(Debug)]
 pub struct KvCache {
-    heads: Heads,
     /// `[layer][sequence]`.
     layers: Vec<Vec<Rows>>,
     lengths: Vec<usize>,
@@ -21,9 +20,8 @@ struct Rows {
 
 impl KvCache {
     /// An empty cache.
-    pub fn new(layers: usize, sequences: usize, heads: Heads) -> Self {
+    pub fn new(layers: usize, sequences: usize) -> Self {
         Self {
-            heads,
             layers: vec![vec![Rows::default(); sequences]; layers],
             lengths: vec![0; sequences],
         }
@@ -52,13 +50,11 @@ impl KvCache {
         q: &Tensor,
         k: &Tensor,
         v: &Tensor,
+        heads: Heads,
         starts: &[usize],
     ) -> Result<Tensor> {
         const OP: &str = "cached attention";
-        let (q_width, kv_width) = (
-            self.heads.heads * self.heads.head_dim,
-            self.heads.kv_heads * self.heads.head_dim,
-        );
+        let (q_width, kv_width) = (heads.q_width(), heads.kv_width());
         let rows = &mut self.layers[layer];
         for (tensor, values) in [(k, false), (v, true)] {
             with_elements::<f32, _>(tensor, OP, |new| {
@@ -79,7 +75,7 @@ impl KvCache {
                     v: &rows.v,
                 })
                 .collect();
-            Ok(attend(&sequences, self.heads))
+            Ok(attend(&sequences, heads))
         })?;
         Tensor::from_vec(out, q.dims(), q.device())
     }

@@ -1,4 +1,4 @@
-//! `config.json` of a llama, in the spellings of transformers 4 and 5.
+//! `config.json` of a decoder, in the spellings of transformers 4 and 5.
 
 use std::path::Path;
 
@@ -8,9 +8,29 @@ use serde_json::{Map, Value};
 use super::ModelError;
 use super::ops::{Heads, RopeTable};
 
-/// The sizes and constants of a llama.
+/// Which kind of decoder: `model_type`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Architecture {
+    /// Llama 2 and 3, SmolLM2, TinyLlama.
+    Llama,
+}
+
+impl Architecture {
+    const ALL: [Self; 1] = [Self::Llama];
+
+    /// The name in `config.json`.
+    pub fn model_type(self) -> &'static str {
+        match self {
+            Self::Llama => "llama",
+        }
+    }
+}
+
+/// The sizes and constants of a decoder.
 #[derive(Debug, Clone, PartialEq)]
-pub struct LlamaConfig {
+pub struct Config {
+    /// Which kind.
+    pub architecture: Architecture,
     /// The number of tokens that the embedding knows.
     pub vocab_size: usize,
     /// The width of the hidden states.
@@ -102,7 +122,7 @@ impl Reader<'_> {
     }
 }
 
-impl LlamaConfig {
+impl Config {
     /// Reads the checkpoint's `config.json`, and refuses by name what this implementation does not have.
     pub fn read(checkpoint: &Checkpoint) -> Result<Self, ModelError> {
         Self::parse(&checkpoint.dir().join("config.json"), checkpoint.config())
@@ -114,12 +134,15 @@ impl LlamaConfig {
             .get("model_type")
             .and_then(Value::as_str)
             .unwrap_or_default();
-        if model_type != "llama" {
+        let Some(architecture) = Architecture::ALL
+            .into_iter()
+            .find(|a| a.model_type() == model_type)
+        else {
             return Err(ModelError::Architecture {
                 path: path.to_path_buf(),
                 found: model_type.to_owned(),
             });
-        }
+        };
         for key in ["attention_bias", "mlp_bias"] {
             if reader.flag(key, false)? {
                 return Err(reader.bad(key, "biases of linear layers are not supported for llama"));
@@ -138,6 +161,7 @@ impl LlamaConfig {
         let num_attention_heads = reader.size("num_attention_heads")?;
         let (rope_theta, rope_llama3) = read_rope(&reader)?;
         let config = Self {
+            architecture,
             vocab_size: reader.size("vocab_size")?,
             hidden_size,
             intermediate_size: reader.size("intermediate_size")?,
@@ -179,17 +203,18 @@ impl LlamaConfig {
         }
     }
 
-    /// The rotary embedding, `rope_theta^(−2i / head_dim)` per pair, stretched as Llama 3 does where asked.
-    pub fn rope_table(&self) -> RopeTable {
+    /// The rotary embeddings that the blocks choose from: `rope_theta^(−2i / head_dim)` per pair, stretched as Llama 3
+    /// does where asked.
+    pub fn rope_tables(&self) -> Vec<RopeTable> {
         let pairs = self.head_dim / 2;
-        RopeTable::new(
+        vec![RopeTable::new(
             (0..pairs)
                 .map(|i| {
                     let freq = self.rope_theta.powf(-(2.0 * i as f64) / self.head_dim as f64);
                     self.rope_llama3.map_or(freq, |rope| rope.stretch(freq)) as f32
                 })
                 .collect(),
-        )
+        )]
     }
 }
 
@@ -256,11 +281,11 @@ mod tests {
     use super::*;
     use serde_json::json;
 
-    fn parse(change: impl FnOnce(&mut Map<String, Value>)) -> Result<LlamaConfig, ModelError> {
+    fn parse(change: impl FnOnce(&mut Map<String, Value>)) -> Result<Config, ModelError> {
         let mut json = json!({"model_type": "llama", "vocab_size": 256, "hidden_size": 64, "intermediate_size": 96,
             "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5});
         change(json.as_object_mut().unwrap());
-        LlamaConfig::parse(Path::new("config.json"), json.as_object().unwrap())
+        Config::parse(Path::new("config.json"), json.as_object().unwrap())
     }
 
     #[test]

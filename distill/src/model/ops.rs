@@ -5,8 +5,10 @@
 //! in f64. Every operation works on a batch without padding: rows are the tokens of all sequences.
 
 mod attention;
+mod composed;
 mod cross_entropy;
 mod embedding;
+mod frozen;
 mod gemm;
 #[cfg(test)]
 pub(crate) mod gradcheck;
@@ -19,8 +21,9 @@ mod swiglu;
 
 pub use attention::{Heads, attention};
 pub(crate) use attention::{Sequence, attend};
-pub use cross_entropy::{Targets, cross_entropy};
-pub use embedding::embedding;
+pub use cross_entropy::{Targets, cross_entropy, frozen_cross_entropy};
+pub use embedding::{embedding, frozen_embedding};
+pub use frozen::Frozen;
 pub use linear::{frozen_linear, linear};
 pub use lora_linear::{Dropout, lora_linear};
 pub(crate) use real::with_elements;

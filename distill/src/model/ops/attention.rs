@@ -9,6 +9,7 @@ use std::sync::Arc;
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, WithDType};
 use rayon::prelude::*;
 
+use super::composed;
 use super::gemm::{Mat, Threads, gemm};
 use super::real::{Real, dtype, elements, for_real, tensor, with_elements};
 
@@ -30,13 +31,18 @@ impl Heads {
     fn group(self) -> usize {
         self.heads / self.kv_heads
     }
-    fn q_width(self) -> usize {
+
+    /// The width of a row of queries.
+    pub fn q_width(self) -> usize {
         self.heads * self.head_dim
     }
-    fn kv_width(self) -> usize {
+
+    /// The width of a row of keys, or values.
+    pub fn kv_width(self) -> usize {
         self.kv_heads * self.head_dim
     }
-    fn scale(self) -> f64 {
+
+    pub(super) fn scale(self) -> f64 {
         1.0 / (self.head_dim as f64).sqrt()
     }
 }
@@ -50,6 +56,9 @@ struct Attention {
 /// q `[rows, heads · head_dim]`, k and v `[rows, kv_heads · head_dim]` → `[rows, heads · head_dim]`.
 /// `starts` are the rows at which the sequences begin, and last the number of rows.
 pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, heads: Heads, starts: Arc<[usize]>) -> Result<Tensor> {
+    if !q.device().is_cpu() {
+        return composed::attention(q, k, v, heads, &starts, &starts);
+    }
     q.apply_op3(k, v, Attention { heads, starts })
 }
 

@@ -8,6 +8,8 @@ pub(crate) trait Real: WithDType {
     fn exp(self) -> Self;
     /// √x.
     fn sqrt(self) -> Self;
+    /// Numbers that were f32.
+    fn from_f32(values: Vec<f32>) -> Vec<Self>;
     /// The number nearest to a constant.
     fn of(value: f64) -> Self {
         Self::from_f64(value)
@@ -46,6 +48,9 @@ impl Real for f32 {
     fn sqrt(self) -> Self {
         self.sqrt()
     }
+    fn from_f32(values: Vec<f32>) -> Vec<Self> {
+        values
+    }
 }
 
 impl Real for f64 {
@@ -54,6 +59,9 @@ impl Real for f64 {
     }
     fn sqrt(self) -> Self {
         self.sqrt()
+    }
+    fn from_f32(values: Vec<f32>) -> Vec<Self> {
+        values.into_iter().map(Self::from).collect()
     }
 }
 

@@ -5,6 +5,7 @@
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
+use super::composed;
 use super::real::{Real, dtype, elements, for_real, tensor, with_elements};
 
 const OP: &str = "rms_norm";
@@ -15,6 +16,9 @@ struct RmsNorm {
 
 /// x `[rows, d]`, weight `[d]` → `[rows, d]`.
 pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
+    if !x.device().is_cpu() {
+        return composed::rms_norm(x, weight, eps);
+    }
     x.apply_op2(weight, RmsNorm { eps })
 }
 

@@ -3,6 +3,7 @@
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, WithDType};
 use rayon::prelude::*;
 
+use super::composed;
 use super::real::{Real, dtype, elements, for_real, tensor, with_elements};
 
 const OP: &str = "swiglu";
@@ -12,6 +13,9 @@ struct SwiGlu;
 
 /// gate and up of one shape → silu(gate) · up.
 pub fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+    if !gate.device().is_cpu() {
+        return composed::swiglu(gate, up);
+    }
     gate.apply_op2(up, SwiGlu)
 }
 

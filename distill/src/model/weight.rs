@@ -1,0 +1,73 @@
+//! The matrix of a linear layer or an embedding: numbers in memory, or quantised blocks that stay as they are.
+
+use std::fmt::Debug;
+use std::ops::Range;
+use std::sync::Arc;
+
+use candle_core::Var;
+
+use super::ops::Frozen;
+use super::{Mode, Parameter};
+
+/// A frozen matrix whose rows become numbers when they are needed.
+pub trait QuantizedRows: Debug + Send + Sync {
+    /// The name in the checkpoint.
+    fn name(&self) -> &str;
+    /// Rows and columns, `[out, in]`.
+    fn dims(&self) -> [usize; 2];
+    /// Fills `out` (`rows.len() · in`) with these rows.
+    fn dequantize(&self, rows: Range<usize>, out: &mut [f32]);
+    /// Bytes that the matrix takes.
+    fn bytes(&self) -> usize;
+}
+
+/// A matrix `[out, in]`.
+#[derive(Debug)]
+pub enum Weight {
+    /// Numbers in memory, frozen or trained.
+    Dense(Parameter),
+    /// Blocks that stay as they are.
+    Quantized(Arc<dyn QuantizedRows>),
+}
+
+impl Weight {
+    /// The name in the checkpoint.
+    pub fn name(&self) -> &str {
+        match self {
+            Self::Dense(parameter) => &parameter.name,
+            Self::Quantized(rows) => rows.name(),
+        }
+    }
+
+    /// Rows and columns, `[out, in]`.
+    pub fn dims(&self) -> [usize; 2] {
+        match self {
+            Self::Dense(parameter) => match *parameter.get(Mode::INFERENCE).dims() {
+                [out, input] => [out, input],
+                _ => [0, 0],
+            },
+            Self::Quantized(rows) => rows.dims(),
+        }
+    }
+
+    /// The numbers in memory, where there are.
+    pub fn dense(&self) -> Option<&Parameter> {
+        match self {
+            Self::Dense(parameter) => Some(parameter),
+            Self::Quantized(_) => None,
+        }
+    }
+
+    /// The variable, where the matrix is trained.
+    pub fn var(&self) -> Option<&Var> {
+        self.dense()?.var()
+    }
+
+    /// The matrix as operations take it that compute no gradient of it.
+    pub fn frozen(&self) -> Frozen {
+        match self {
+            Self::Dense(parameter) => Frozen::Dense(parameter.get(Mode::INFERENCE).clone()),
+            Self::Quantized(rows) => Frozen::Quantized(rows.clone()),
+        }
+    }
+}
