@@ -9,6 +9,8 @@ mod llama;
 mod load;
 pub mod ops;
 mod parameter;
+pub mod quantized;
+mod source;
 mod weight;
 
 use std::path::PathBuf;
@@ -18,8 +20,11 @@ pub use cache::KvCache;
 pub use config::{Architecture, Config};
 pub use decoder::Model;
 pub use linear::{Linear, Lora};
+pub use load::Keep;
 pub use parameter::{Mode, Parameter};
 use pipit_convert::checkpoint::CheckpointError;
+use pipit_convert::import::ImportError;
+use pipit_convert::quantize::QuantizeError;
 pub use weight::{QuantizedRows, Weight};
 
 /// What can be wrong with a model.
@@ -29,6 +34,35 @@ pub enum ModelError {
     /// The folder cannot be read as a checkpoint.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
+    /// The GGUF file cannot be read as a checkpoint.
+    #[error(transparent)]
+    Gguf(#[from] ImportError),
+    /// All weights of a GGUF file are to be trained.
+    #[error(
+        "{path}: the blocks of a GGUF file cannot be trained\nhint: --method lora trains an adapter over them; pipit-convert import {path} -o FOLDER makes a checkpoint for --method full"
+    )]
+    Blocks {
+        /// The file.
+        path: PathBuf,
+    },
+    /// A tensor of a GGUF file cannot be turned into numbers.
+    #[error("{path}: tensor {tensor}: {source}")]
+    Unreadable {
+        /// The file.
+        path: PathBuf,
+        /// The tensor, by its name in a checkpoint.
+        tensor: String,
+        /// Why.
+        source: QuantizeError,
+    },
+    /// A tensor that has to be a matrix is none.
+    #[error("{path}: tensor {tensor} is no matrix")]
+    NoMatrix {
+        /// The folder or file.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+    },
     /// The model is of an architecture that cannot be trained here.
     #[error(
         "{path}: model_type {found:?} cannot be trained\nhint: `llama` can (Llama 2 and 3, SmolLM2, TinyLlama)"

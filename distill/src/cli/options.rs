@@ -16,6 +16,18 @@ pub enum Method {
     Full,
     /// Low-rank adapters on frozen weights.
     Lora,
+    /// The same on weights of four bits: NF4, or the blocks of a GGUF file.
+    Qlora,
+}
+
+/// The four-bit types of bitsandbytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum QuantType {
+    /// Four bits whose values are the quantiles of a normal distribution.
+    Nf4,
+    /// Four bits of a float; refused by name.
+    Fp4,
 }
 
 /// Declares every option once: the flag, the TOML key, and the resolved value.
@@ -47,8 +59,8 @@ macro_rules! options {
 }
 
 options! {
-    #[arg(value_name = "DIR")]
-    model: PathBuf = PathBuf::new(), "The checkpoint folder to start from";
+    #[arg(value_name = "DIR|FILE.gguf")]
+    model: PathBuf = PathBuf::new(), "The checkpoint folder to start from; lora and qlora also train over the blocks of a GGUF file";
     #[arg(value_name = "F.jsonl")]
     data: PathBuf = PathBuf::new(), "Rows to train on: `messages`, or `prompt` and `completion`, or `text`";
     #[arg(short = 'o', value_name = "RUN")]
@@ -84,6 +96,10 @@ options! {
         "Layers with an adapter: names with commas, a regular expression, or all-linear [default: all-linear]";
     #[arg(num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
     use_rslora: bool = false, "Scale by lora_alpha / √r";
+    #[arg(value_enum)]
+    bnb_4bit_quant_type: QuantType = QuantType::Nf4, "The base's type with --method qlora on a folder [default: nf4]";
+    #[arg(num_args = 0..=1, default_missing_value = "true", value_name = "BOOL", action = clap::ArgAction::Set)]
+    bnb_4bit_use_double_quant: bool = true, "Whether its scales are quantised too, as in the QLoRA paper [default: true]";
 }
 
 /// A path that was not given, which TOML cannot express.
@@ -169,6 +185,9 @@ impl SftConfig {
             if !(low..=high).contains(&value) {
                 return usage(format!("{flag} is {value}, which is out of range"));
             }
+        }
+        if self.bnb_4bit_quant_type == QuantType::Fp4 {
+            return usage("--bnb-4bit-quant-type fp4 is not built\nhint: nf4 is, and closer to a model's weights".into());
         }
         if self.max_length == 1 {
             return usage(

@@ -11,12 +11,12 @@ use serde_json::json;
 
 use super::options::{Method, SftConfig, SftOptions, read_toml};
 use super::run::{RunDir, refuse_existing};
-use super::{Output, UsageError, refuse_gguf};
+use super::{Output, UsageError};
 use crate::adapter::{self, LoraOptions};
 use crate::data::{DataReport, Encoder, Prompt, ReadRow, Sample, read_rows};
 use crate::evaluate::{Answer, answers};
 use crate::export::save_checkpoint;
-use crate::model::Model;
+use crate::model::{Keep, Model};
 use crate::optimizer::AdamWOptions;
 use crate::random::Random;
 use crate::rollout::Stop;
@@ -216,11 +216,17 @@ fn record(kept: &mut std::io::Result<()>, new: std::io::Result<()>) {
 }
 
 fn prepare(config: &mut SftConfig, output: Output) -> anyhow::Result<Prepared> {
-    refuse_gguf(&config.model)?;
-    let mut model = Model::open(&config.model, config.method == Method::Full)?;
+    let keep = match config.method {
+        Method::Full => Keep::Trained,
+        Method::Lora => Keep::Frozen,
+        Method::Qlora => Keep::Nf4 {
+            double_quant: config.bnb_4bit_use_double_quant,
+        },
+    };
+    let mut model = Model::open_as(&config.model, keep)?;
     let adapter = match config.method {
         Method::Full => None,
-        Method::Lora => {
+        Method::Lora | Method::Qlora => {
             let options = LoraOptions {
                 r: config.r,
                 lora_alpha: config.lora_alpha,

@@ -107,7 +107,7 @@ impl Source {
     }
 
     fn bad_blocks(&self, name: &str, source: pipit_convert::quantize::QuantizeError) -> ModelError {
-        ModelError::Blocks {
+        ModelError::Unreadable {
             path: self.path().to_path_buf(),
             tensor: name.to_owned(),
             source,

@@ -13,10 +13,10 @@ use crate::model::QuantizedRows;
 use super::scales::{Scales, torch_inverse};
 
 /// Elements that share a scale.
-pub const BLOCK: usize = 64;
+const BLOCK: usize = 64;
 
 /// The values of the sixteen codes: bitsandbytes/backends/utils.py, `_NF4_QUANT_TABLE`.
-pub const CODES: [f32; 16] = [
+const CODES: [f32; 16] = [
     -1.0,
     -0.696_192_8,
     -0.525_073_05,
