@@ -4,12 +4,17 @@ mod block;
 mod cache;
 mod config;
 mod decoder;
+mod gemma3;
 mod linear;
 mod llama;
 mod load;
+mod norm;
 pub mod ops;
 mod parameter;
+mod parts;
 pub mod quantized;
+mod qwen2;
+mod qwen3;
 mod source;
 mod weight;
 
@@ -17,7 +22,7 @@ use std::path::PathBuf;
 
 pub use block::Pass;
 pub use cache::KvCache;
-pub use config::{Architecture, Config};
+pub use config::{Architecture, Config, Rope, Scaling};
 pub use decoder::Model;
 pub use linear::{Linear, Lora};
 pub use load::Keep;
@@ -26,6 +31,19 @@ use pipit_convert::checkpoint::CheckpointError;
 use pipit_convert::import::ImportError;
 use pipit_convert::quantize::QuantizeError;
 pub use weight::{QuantizedRows, Weight};
+
+/// What to do about a `model_type` that cannot be trained.
+fn instead_of(model_type: &str) -> String {
+    match model_type {
+        "gemma3" => "it has a vision tower, which is not built; save its text model alone (transformers' \
+                     Gemma3ForCausalLM, model_type gemma3_text) and train that"
+            .into(),
+        _ => {
+            let known = Architecture::ALL.map(Architecture::model_type).join(", ");
+            format!("these can: {known}")
+        }
+    }
+}
 
 /// What can be wrong with a model.
 #[derive(Debug, thiserror::Error)]
@@ -64,9 +82,7 @@ pub enum ModelError {
         tensor: String,
     },
     /// The model is of an architecture that cannot be trained here.
-    #[error(
-        "{path}: model_type {found:?} cannot be trained\nhint: `llama` can (Llama 2 and 3, SmolLM2, TinyLlama)"
-    )]
+    #[error("{path}: model_type {found:?} cannot be trained\nhint: {}", instead_of(.found))]
     Architecture {
         /// The `config.json`.
         path: PathBuf,

@@ -58,7 +58,7 @@ fn cached(variable: &str, name: &str) -> PathBuf {
 }
 
 fn ids(encoder: &Encoder, text: &str) -> Vec<u32> {
-    encoder.ids(text, false).unwrap()
+    encoder.ids(text, true).unwrap()
 }
 
 /// A few steps of LoRA on three sentences.
@@ -215,4 +215,9 @@ fn same_when_served(file: &Path) {
 #[test]
 fn an_adapter_over_the_blocks_of_smollm2_is_the_same_in_llama_cpp() {
     with_deep_stack(|| same_when_served(&cached("PIPIT_TEST_MODEL", "SmolLM2-135M-Instruct.Q4_1.gguf"))).unwrap();
+}
+
+#[test]
+fn an_adapter_over_the_blocks_of_gemma_3_is_the_same_in_llama_cpp() {
+    with_deep_stack(|| same_when_served(&cached("PIPIT_TEST_GEMMA", "gemma-3-270m-q4_k_m.gguf"))).unwrap();
 }
