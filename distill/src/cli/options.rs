@@ -96,6 +96,8 @@ options! {
         "Layers with an adapter: names with commas, a regular expression, or all-linear [default: all-linear]";
     #[arg(num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
     use_rslora: bool = false, "Scale by lora_alpha / √r";
+    #[arg(num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
+    as_served: bool = false, "Over a GGUF file: round activations as llama.cpp does before it multiplies";
     #[arg(value_enum)]
     bnb_4bit_quant_type: QuantType = QuantType::Nf4, "The base's type with --method qlora on a folder [default: nf4]";
     #[arg(num_args = 0..=1, default_missing_value = "true", value_name = "BOOL", action = clap::ArgAction::Set)]
@@ -185,6 +187,9 @@ impl SftConfig {
             if !(low..=high).contains(&value) {
                 return usage(format!("{flag} is {value}, which is out of range"));
             }
+        }
+        if self.as_served && !self.model.is_file() {
+            return usage("--as-served needs a GGUF file as --model: what a folder becomes is not known yet".into());
         }
         if self.bnb_4bit_quant_type == QuantType::Fp4 {
             return usage("--bnb-4bit-quant-type fp4 is not built\nhint: nf4 is, and closer to a model's weights".into());

@@ -218,6 +218,7 @@ fn record(kept: &mut std::io::Result<()>, new: std::io::Result<()>) {
 fn prepare(config: &mut SftConfig, output: Output) -> anyhow::Result<Prepared> {
     let keep = match config.method {
         Method::Full => Keep::Trained,
+        Method::Lora | Method::Qlora if config.as_served => Keep::Served,
         Method::Lora => Keep::Frozen,
         Method::Qlora => Keep::Nf4 {
             double_quant: config.bnb_4bit_use_double_quant,
