@@ -4,23 +4,41 @@ mod block;
 mod cache;
 mod config;
 mod decoder;
+mod gemma3;
 mod linear;
 mod llama;
 mod load;
+mod norm;
 pub mod ops;
 mod parameter;
+mod parts;
+mod qwen2;
+mod qwen3;
 mod weight;
 
 use std::path::PathBuf;
 
 pub use block::Pass;
 pub use cache::KvCache;
-pub use config::{Architecture, Config};
+pub use config::{Architecture, Config, Rope, Scaling};
 pub use decoder::Model;
 pub use linear::{Linear, Lora};
 pub use parameter::{Mode, Parameter};
 use pipit_convert::checkpoint::CheckpointError;
 pub use weight::{QuantizedRows, Weight};
+
+/// What to do about a `model_type` that cannot be trained.
+fn instead_of(model_type: &str) -> String {
+    match model_type {
+        "gemma3" => "it has a vision tower, which is not built; save its text model alone (transformers' \
+                     Gemma3ForCausalLM, model_type gemma3_text) and train that"
+            .into(),
+        _ => {
+            let known = Architecture::ALL.map(Architecture::model_type).join(", ");
+            format!("these can: {known}")
+        }
+    }
+}
 
 /// What can be wrong with a model.
 #[derive(Debug, thiserror::Error)]
@@ -30,9 +48,7 @@ pub enum ModelError {
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
     /// The model is of an architecture that cannot be trained here.
-    #[error(
-        "{path}: model_type {found:?} cannot be trained\nhint: `llama` can (Llama 2 and 3, SmolLM2, TinyLlama)"
-    )]
+    #[error("{path}: model_type {found:?} cannot be trained\nhint: {}", instead_of(.found))]
     Architecture {
         /// The `config.json`.
         path: PathBuf,

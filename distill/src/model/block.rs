@@ -33,6 +33,6 @@ pub(crate) trait Block: Debug + Send + Sync {
     fn linears(&self) -> Vec<&Linear>;
     /// The same, to change.
     fn linears_mut(&mut self) -> Vec<&mut Linear>;
-    /// All weights that are numbers in memory, without adapters, in the order of the forward pass.
+    /// All weights that are numbers in memory, without adapters.
     fn parameters(&self) -> Vec<&Parameter>;
 }

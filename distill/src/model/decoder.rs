@@ -6,12 +6,16 @@ use candle_core::{Result, Tensor, Var};
 use pipit_convert::checkpoint::Checkpoint;
 
 use super::block::{Block, Pass};
+use super::gemma3::Gemma3Block;
 use super::llama::LlamaBlock;
 use super::load::Loader;
+use super::norm::Norm;
 use super::ops::{
     RopeTable, Rotation, Targets, attention, cross_entropy, embedding, frozen_cross_entropy,
-    frozen_embedding, frozen_linear, rms_norm,
+    frozen_embedding, frozen_linear,
 };
+use super::parts::QkvBias;
+use super::qwen3::Qwen3Block;
 use super::{Architecture, Config, KvCache, Linear, Mode, ModelError, Parameter, Weight};
 use crate::batch::Batch;
 
@@ -21,7 +25,7 @@ pub struct Model {
     config: Config,
     embed_tokens: Weight,
     layers: Vec<Box<dyn Block>>,
-    norm: Parameter,
+    norm: Norm,
     /// The output layer, unless it is the embedding.
     lm_head: Option<Weight>,
     ropes: Vec<RopeTable>,
@@ -42,10 +46,13 @@ impl Model {
         let mut layers: Vec<Box<dyn Block>> = Vec::new();
         for i in 0..config.num_hidden_layers {
             layers.push(match config.architecture {
-                Architecture::Llama => Box::new(LlamaBlock::load(&mut loader, &config, i)?),
+                Architecture::Llama => Box::new(LlamaBlock::load(&mut loader, &config, i, QkvBias::Without)?),
+                Architecture::Qwen2 => Box::new(LlamaBlock::load(&mut loader, &config, i, QkvBias::With)?),
+                Architecture::Qwen3 => Box::new(Qwen3Block::load(&mut loader, &config, i)?),
+                Architecture::Gemma3 => Box::new(Gemma3Block::load(&mut loader, &config, i)?),
             });
         }
-        let norm = loader.parameter("model.norm.weight".into(), &[config.hidden_size])?;
+        let norm = Norm::load(&mut loader, &config, "model.norm", config.hidden_size)?;
         let lm_head = match config.tie_word_embeddings {
             true => None,
             false => Some(loader.weight("lm_head.weight".into(), table)?),
@@ -83,7 +90,8 @@ impl Model {
         self.layers.iter_mut().flat_map(|layer| layer.linears_mut())
     }
 
-    /// The weights of the checkpoint that are numbers in memory, without adapters, in the order of the forward pass.
+    /// The weights of the checkpoint that are numbers in memory, without adapters: embedding, block after block, last
+    /// norm, output layer.
     pub fn weights(&self) -> impl Iterator<Item = &Parameter> {
         let layers = self.layers.iter().flat_map(|layer| layer.parameters());
         let head = self.lm_head.as_ref().and_then(Weight::dense);
@@ -91,7 +99,7 @@ impl Model {
             .dense()
             .into_iter()
             .chain(layers)
-            .chain(Some(&self.norm))
+            .chain(Some(&self.norm.weight))
             .chain(head)
     }
 
@@ -142,11 +150,15 @@ impl Model {
 
     /// The tokens' embeddings, `[rows, hidden_size]`: what the first block gets.
     pub fn embed(&self, batch: &Batch, mode: Mode) -> Result<Tensor> {
-        match &self.embed_tokens {
+        let x = match &self.embed_tokens {
             Weight::Dense(table) if mode.gradient && table.var().is_some() => {
                 embedding(table.get(mode), batch.ids())
             }
             table => frozen_embedding(&table.frozen(), batch.ids()),
+        }?;
+        match self.config.embedding_scale() {
+            Some(scale) => x * scale,
+            None => Ok(x),
         }
     }
 
@@ -159,7 +171,7 @@ impl Model {
 
     /// The last norm, `[rows, hidden_size]` → the same shape.
     pub fn last_norm(&self, x: &Tensor, mode: Mode) -> Result<Tensor> {
-        rms_norm(x, self.norm.get(mode), self.config.rms_norm_eps)
+        self.norm.forward(x, mode)
     }
 
     /// The hidden states after the last norm, `[rows, hidden_size]`.

@@ -1,25 +1,40 @@
-//! The block of llama (Llama 2 and 3, SmolLM2, TinyLlama): RMSNorm, attention, RMSNorm, SwiGLU.
+//! The llama architecture (Llama 2 and 3, SmolLM2, TinyLlama): RMSNorm, attention, RMSNorm, SwiGLU. Qwen 2 has its
+//! block too, with biases and windows.
+//!
+//! Source: transformers models/llama/modeling_llama.py.
 
 use candle_core::{Result, Tensor};
 
 use super::block::{Attend, Block, Pass};
+use super::config::{Defaults, Reader, Rope};
 use super::load::Loader;
-use super::ops::{Heads, rms_norm, rope, swiglu};
-use super::{Config, Linear, ModelError, Parameter};
+use super::norm::Norm;
+use super::ops::{Heads, rope, swiglu};
+use super::parts::{Mlp, QkvBias, SelfAttn};
+use super::{Architecture, Config, Linear, ModelError, Parameter};
+
+pub(super) fn config(reader: &Reader<'_>) -> std::result::Result<Config, ModelError> {
+    reader.one_of("hidden_act", &["silu"])?;
+    let defaults = Defaults {
+        head_dim: None,
+        max_position_embeddings: 2048,
+        tie_word_embeddings: false,
+    };
+    Config::common(
+        reader,
+        Architecture::Llama,
+        defaults,
+        Rope::read(reader, 10_000.0)?,
+    )
+}
 
 #[derive(Debug)]
 pub(super) struct LlamaBlock {
     heads: Heads,
-    eps: f64,
-    input_layernorm: Parameter,
-    q_proj: Linear,
-    k_proj: Linear,
-    v_proj: Linear,
-    o_proj: Linear,
-    post_attention_layernorm: Parameter,
-    gate_proj: Linear,
-    up_proj: Linear,
-    down_proj: Linear,
+    input_layernorm: Norm,
+    self_attn: SelfAttn,
+    post_attention_layernorm: Norm,
+    mlp: Mlp,
 }
 
 impl LlamaBlock {
@@ -28,22 +43,16 @@ impl LlamaBlock {
         loader: &mut Loader<'_>,
         config: &Config,
         i: usize,
+        bias: QkvBias,
     ) -> std::result::Result<Self, ModelError> {
-        let (d, ffn, heads) = (config.hidden_size, config.intermediate_size, config.heads());
-        let (q, kv) = (heads.q_width(), heads.kv_width());
+        let d = config.hidden_size;
         let name = |part: &str| format!("model.layers.{i}.{part}");
         Ok(Self {
-            heads,
-            eps: config.rms_norm_eps,
-            input_layernorm: loader.parameter(name("input_layernorm.weight"), &[d])?,
-            q_proj: loader.linear(&name("self_attn.q_proj"), q, d, false)?,
-            k_proj: loader.linear(&name("self_attn.k_proj"), kv, d, false)?,
-            v_proj: loader.linear(&name("self_attn.v_proj"), kv, d, false)?,
-            o_proj: loader.linear(&name("self_attn.o_proj"), d, q, false)?,
-            post_attention_layernorm: loader.parameter(name("post_attention_layernorm.weight"), &[d])?,
-            gate_proj: loader.linear(&name("mlp.gate_proj"), ffn, d, false)?,
-            up_proj: loader.linear(&name("mlp.up_proj"), ffn, d, false)?,
-            down_proj: loader.linear(&name("mlp.down_proj"), d, ffn, false)?,
+            heads: config.heads(i),
+            input_layernorm: Norm::load(loader, config, &name("input_layernorm"), d)?,
+            self_attn: SelfAttn::load(loader, config, i, bias)?,
+            post_attention_layernorm: Norm::load(loader, config, &name("post_attention_layernorm"), d)?,
+            mlp: Mlp::load(loader, config, i)?,
         })
     }
 }
@@ -51,46 +60,29 @@ impl LlamaBlock {
 impl Block for LlamaBlock {
     fn forward(&self, x: &Tensor, pass: &Pass, attend: &mut Attend<'_>) -> Result<Tensor> {
         let (mode, rotation) = (pass.mode, &pass.rotations[0]);
-        let normed = rms_norm(x, self.input_layernorm.get(mode), self.eps)?;
-        let q = rope(&self.q_proj.forward(&normed, mode)?, rotation)?;
-        let k = rope(&self.k_proj.forward(&normed, mode)?, rotation)?;
-        let v = self.v_proj.forward(&normed, mode)?;
-        let x = (x + self.o_proj.forward(&attend(&q, &k, &v, self.heads)?, mode)?)?;
-        let normed = rms_norm(&x, self.post_attention_layernorm.get(mode), self.eps)?;
-        let gate = self.gate_proj.forward(&normed, mode)?;
-        let up = self.up_proj.forward(&normed, mode)?;
-        &x + self.down_proj.forward(&swiglu(&gate, &up)?, mode)?
+        let normed = self.input_layernorm.forward(x, mode)?;
+        let q = rope(&self.self_attn.q_proj.forward(&normed, mode)?, rotation)?;
+        let k = rope(&self.self_attn.k_proj.forward(&normed, mode)?, rotation)?;
+        let v = self.self_attn.v_proj.forward(&normed, mode)?;
+        let attended = attend(&q, &k, &v, self.heads)?;
+        let x = (x + self.self_attn.o_proj.forward(&attended, mode)?)?;
+        let normed = self.post_attention_layernorm.forward(&x, mode)?;
+        &x + self.mlp.forward(&normed, mode, swiglu)?
     }
 
     fn linears(&self) -> Vec<&Linear> {
-        let (attention, ffn) = (
-            [&self.q_proj, &self.k_proj, &self.v_proj, &self.o_proj],
-            [&self.gate_proj, &self.up_proj, &self.down_proj],
-        );
-        attention.into_iter().chain(ffn).collect()
+        let attention = self.self_attn.linears().into_iter();
+        attention.chain(self.mlp.linears()).collect()
     }
 
     fn linears_mut(&mut self) -> Vec<&mut Linear> {
-        vec![
-            &mut self.q_proj,
-            &mut self.k_proj,
-            &mut self.v_proj,
-            &mut self.o_proj,
-            &mut self.gate_proj,
-            &mut self.up_proj,
-            &mut self.down_proj,
-        ]
+        let attention = self.self_attn.linears_mut().into_iter();
+        attention.chain(self.mlp.linears_mut()).collect()
     }
 
     fn parameters(&self) -> Vec<&Parameter> {
-        let mut all = vec![&self.input_layernorm];
-        for linear in [&self.q_proj, &self.k_proj, &self.v_proj, &self.o_proj] {
-            all.extend(linear.parameters());
-        }
-        all.push(&self.post_attention_layernorm);
-        for linear in [&self.gate_proj, &self.up_proj, &self.down_proj] {
-            all.extend(linear.parameters());
-        }
-        all
+        let attention = std::iter::once(&self.input_layernorm.weight).chain(self.self_attn.parameters());
+        let mlp = std::iter::once(&self.post_attention_layernorm.weight).chain(self.mlp.parameters());
+        attention.chain(mlp).collect()
     }
 }

@@ -10,6 +10,7 @@ mod cross_entropy;
 mod embedding;
 mod frozen;
 mod gemm;
+mod glu;
 #[cfg(test)]
 pub(crate) mod gradcheck;
 mod linear;
@@ -17,16 +18,15 @@ mod lora_linear;
 mod real;
 mod rms_norm;
 mod rope;
-mod swiglu;
 
 pub use attention::{Heads, attention};
 pub(crate) use attention::{Sequence, attend};
 pub use cross_entropy::{Targets, cross_entropy, frozen_cross_entropy};
 pub use embedding::{embedding, frozen_embedding};
 pub use frozen::Frozen;
+pub use glu::{geglu, swiglu};
 pub use linear::{frozen_linear, linear};
 pub use lora_linear::{Dropout, lora_linear};
 pub(crate) use real::with_elements;
-pub use rms_norm::rms_norm;
+pub use rms_norm::{per_head, rms_norm, rms_norm_plus_one};
 pub use rope::{RopeTable, Rotation, rope};
-pub use swiglu::swiglu;

@@ -1,9 +1,12 @@
-//! Causal attention with grouped queries and a gradient, softmax(q·kᵀ/√d)·v, over sequences that lie one
-//! after another in one batch. There is no padding: a sequence sees its own rows only.
+//! Causal attention with grouped queries and a gradient, softmax(s·q·kᵀ)·v, over sequences that lie one after
+//! another in one batch, with or without a sliding window (<https://arxiv.org/abs/2004.05150>, counted as
+//! transformers counts it: the token itself is one of the window). There is no padding: a sequence sees its own
+//! rows only.
 //!
 //! Scores exist for one block of query rows of one head at a time; the backward pass computes them again
 //! (<https://arxiv.org/abs/2205.14135>), so memory does not grow with the square of the length.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, WithDType};
@@ -25,6 +28,10 @@ pub struct Heads {
     pub kv_heads: usize,
     /// The width of one head.
     pub head_dim: usize,
+    /// What the products of queries and keys are multiplied by, usually 1/√head_dim.
+    pub scale: f64,
+    /// The number of keys that a query sees, its own and those before it; all where there is none.
+    pub window: Option<usize>,
 }
 
 impl Heads {
@@ -42,8 +49,10 @@ impl Heads {
         self.kv_heads * self.head_dim
     }
 
-    pub(super) fn scale(self) -> f64 {
-        1.0 / (self.head_dim as f64).sqrt()
+    /// The keys that the query at this place of its sequence sees.
+    fn seen(self, place: usize) -> Range<usize> {
+        let window = self.window.unwrap_or(usize::MAX);
+        (place + 1).saturating_sub(window)..place + 1
     }
 }
 
@@ -76,6 +85,14 @@ impl<T> Sequence<'_, T> {
     }
     fn keys(&self, heads: Heads) -> usize {
         self.k.len() / heads.kv_width()
+    }
+}
+
+impl<'a, T> Sequence<'a, T> {
+    /// These rows of one head of its keys or values, `[rows, head_dim]`.
+    fn rows(&self, of: &'a [T], rows: &Range<usize>, kv_head: usize, heads: Heads) -> Mat<'a, T> {
+        let (d, width) = (heads.head_dim, heads.kv_width());
+        Mat::strided(&of[rows.start * width + kv_head * d..], rows.len(), d, width)
     }
 }
 
@@ -112,30 +129,32 @@ fn interleave<T: Real>(
     out
 }
 
-/// The probabilities of query rows `from..to` for one head: `[to − from, seen]`, where `seen` is the number of
-/// keys that the last of them sees.
+/// The probabilities of query rows `from..to` for one head, `[to − from, keys]`, over the keys that any of them
+/// sees, which are returned.
 fn probabilities<T: Real>(
     s: &Sequence<'_, T>,
     heads: Heads,
     head: usize,
     (from, to): (usize, usize),
     out: &mut Vec<T>,
-) -> usize {
+) -> Range<usize> {
     let d = heads.head_dim;
     let offset = s.keys(heads) - s.queries(heads);
-    let seen = offset + to;
+    let keys = heads.seen(offset + from).start..offset + to;
     out.clear();
-    out.resize((to - from) * seen, T::zero());
+    out.resize((to - from) * keys.len(), T::zero());
     let q = Mat::strided(
         &s.q[from * heads.q_width() + head * d..],
         to - from,
         d,
         heads.q_width(),
     );
-    let k = Mat::strided(&s.k[head / heads.group() * d..], seen, d, heads.kv_width());
-    gemm(out, seen, 0.0, heads.scale(), q, k.t(), Threads::One);
-    for (i, row) in out.chunks_exact_mut(seen).enumerate() {
-        let (row, masked) = row.split_at_mut(offset + from + i + 1);
+    let k = s.rows(s.k, &keys, head / heads.group(), heads);
+    gemm(out, keys.len(), 0.0, heads.scale, q, k.t(), Threads::One);
+    for (i, row) in out.chunks_exact_mut(keys.len()).enumerate() {
+        let seen = heads.seen(offset + from + i);
+        let (row, after) = row.split_at_mut(seen.end - keys.start);
+        let (before, row) = row.split_at_mut(seen.start - keys.start);
         let max = row
             .iter()
             .fold(T::of(f64::NEG_INFINITY), |max, x| if *x > max { *x } else { max });
@@ -147,9 +166,10 @@ fn probabilities<T: Real>(
         for x in row.iter_mut() {
             *x *= scale;
         }
-        masked.fill(T::zero());
+        before.fill(T::zero());
+        after.fill(T::zero());
     }
-    seen
+    keys
 }
 
 /// The result of the query heads that share one key-value head: `[queries, group · head_dim]`.
@@ -161,15 +181,15 @@ fn attend_group<T: Real>(s: &Sequence<'_, T>, kv_head: usize, heads: Heads) -> V
     for from in (0..queries).step_by(QUERY_BLOCK) {
         let to = queries.min(from + QUERY_BLOCK);
         for g in 0..group {
-            let seen = probabilities(s, heads, kv_head * group + g, (from, to), &mut p);
-            let v = Mat::strided(&s.v[kv_head * d..], seen, d, heads.kv_width());
-            let out = &mut out[from * width + g * d..];
+            let keys = probabilities(s, heads, kv_head * group + g, (from, to), &mut p);
+            let v = s.rows(s.v, &keys, kv_head, heads);
+            let p = Mat::new(&p, to - from, keys.len());
             gemm(
-                out,
+                &mut out[from * width + g * d..],
                 width,
                 0.0,
                 1.0,
-                Mat::new(&p, to - from, seen),
+                p,
                 v,
                 Threads::One,
             );
@@ -181,23 +201,26 @@ fn attend_group<T: Real>(s: &Sequence<'_, T>, kv_head: usize, heads: Heads) -> V
 /// dq `[queries, group · head_dim]`, dk and dv `[keys, head_dim]` of one key-value head.
 /// With P = softmax(S): dS = P ∘ (dP − rowsum(dP ∘ P)), dP = dO·vᵀ.
 fn backward_group<T: Real>(s: &Sequence<'_, T>, dy: &[T], kv_head: usize, heads: Heads) -> [Vec<T>; 3] {
-    let (d, group, queries, keys) = (heads.head_dim, heads.group(), s.queries(heads), s.keys(heads));
-    let (width, q_width, kv_width) = (group * d, heads.q_width(), heads.kv_width());
+    let (d, group, queries, count) = (heads.head_dim, heads.group(), s.queries(heads), s.keys(heads));
+    let (width, q_width) = (group * d, heads.q_width());
     let mut dq = vec![T::zero(); queries * width];
-    let (mut dk, mut dv) = (vec![T::zero(); keys * d], vec![T::zero(); keys * d]);
+    let (mut dk, mut dv) = (vec![T::zero(); count * d], vec![T::zero(); count * d]);
     let (mut p, mut ds) = (Vec::new(), Vec::new());
     for from in (0..queries).step_by(QUERY_BLOCK) {
         let to = queries.min(from + QUERY_BLOCK);
         let rows = to - from;
         for g in 0..group {
             let head = kv_head * group + g;
-            let seen = probabilities(s, heads, head, (from, to), &mut p);
+            let keys = probabilities(s, heads, head, (from, to), &mut p);
+            let seen = keys.len();
             let dy = Mat::strided(&dy[from * q_width + head * d..], rows, d, q_width);
             let q = Mat::strided(&s.q[from * q_width + head * d..], rows, d, q_width);
-            let k = Mat::strided(&s.k[kv_head * d..], seen, d, kv_width);
-            let v = Mat::strided(&s.v[kv_head * d..], seen, d, kv_width);
+            let (k, v) = (
+                s.rows(s.k, &keys, kv_head, heads),
+                s.rows(s.v, &keys, kv_head, heads),
+            );
             gemm(
-                &mut dv,
+                &mut dv[keys.start * d..],
                 d,
                 1.0,
                 1.0,
@@ -215,16 +238,10 @@ fn backward_group<T: Real>(s: &Sequence<'_, T>, dy: &[T], kv_head: usize, heads:
                 }
             }
             let ds = Mat::new(&ds, rows, seen);
-            gemm(
-                &mut dq[from * width + g * d..],
-                width,
-                0.0,
-                heads.scale(),
-                ds,
-                k,
-                Threads::One,
-            );
-            gemm(&mut dk, d, 1.0, heads.scale(), ds.t(), q, Threads::One);
+            let dq = &mut dq[from * width + g * d..];
+            gemm(dq, width, 0.0, heads.scale, ds, k, Threads::One);
+            let dk = &mut dk[keys.start * d..];
+            gemm(dk, d, 1.0, heads.scale, ds.t(), q, Threads::One);
         }
     }
     [dq, dk, dv]
@@ -326,18 +343,52 @@ mod tests {
         heads: 4,
         kv_heads: 2,
         head_dim: 6,
+        scale: 0.4,
+        window: None,
     };
+
+    fn windowed(window: usize) -> Heads {
+        Heads {
+            window: Some(window),
+            ..HEADS
+        }
+    }
 
     #[test]
     fn gradients_are_the_differences() {
         let (q, k, v) = (random(&[8, 24], 6), random(&[8, 12], 7), random(&[8, 12], 8));
-        check(&[&q, &k, &v], |args| {
-            attention(&args[0], &args[1], &args[2], HEADS, [0, 3, 8].into())
-        });
+        for heads in [HEADS, windowed(2), windowed(100)] {
+            check(&[&q, &k, &v], |args| {
+                attention(&args[0], &args[1], &args[2], heads, [0, 3, 8].into())
+            });
+        }
+    }
+
+    /// Attention as its formula says, query by query and key by key.
+    fn by_hand(q: &[f64], k: &[f64], v: &[f64], heads: Heads) -> Vec<f64> {
+        let (d, q_width, kv_width) = (heads.head_dim, heads.q_width(), heads.kv_width());
+        let mut out = vec![0.0; q.len()];
+        for i in 0..q.len() / q_width {
+            for head in 0..heads.heads {
+                let kv = head / heads.group() * d;
+                let sees = |j: usize| j <= i && heads.window.is_none_or(|window| i - j < window);
+                let score = |j: usize| -> f64 {
+                    let (q, k) = (&q[i * q_width + head * d..][..d], &k[j * kv_width + kv..][..d]);
+                    (heads.scale * q.iter().zip(k).map(|(q, k)| q * k).sum::<f64>()).exp()
+                };
+                let sum: f64 = (0..=i).filter(|j| sees(*j)).map(score).sum();
+                for j in (0..=i).filter(|j| sees(*j)) {
+                    for x in 0..d {
+                        out[i * q_width + head * d + x] += score(j) / sum * v[j * kv_width + kv + x];
+                    }
+                }
+            }
+        }
+        out
     }
 
     #[test]
-    fn blocks_of_queries_and_a_cache_change_nothing() {
+    fn blocks_of_queries_windows_and_a_cache_are_the_formula() {
         let rows = QUERY_BLOCK + 9;
         let [q, k, v] = [24, 12, 12].map(|width| {
             random(&[rows, width], width as u64)
@@ -346,16 +397,34 @@ mod tests {
                 .to_vec1::<f64>()
                 .unwrap()
         });
-        let whole = attend(&[Sequence { q: &q, k: &k, v: &v }], HEADS);
-        for row in [0, 1, QUERY_BLOCK - 1, QUERY_BLOCK, rows - 1] {
-            let seen = row + 1;
-            let one = Sequence {
-                q: &q[row * 24..seen * 24],
-                k: &k[..seen * 12],
-                v: &v[..seen * 12],
+        for heads in [
+            HEADS,
+            windowed(1),
+            windowed(7),
+            windowed(QUERY_BLOCK),
+            windowed(rows),
+        ] {
+            let expected = by_hand(&q, &k, &v, heads);
+            let near = |ours: &[f64], from: usize| {
+                for (a, b) in ours.iter().zip(&expected[from * 24..]) {
+                    assert!((a - b).abs() < 1e-12, "{heads:?}");
+                }
             };
-            for (a, b) in attend(&[one], HEADS).iter().zip(&whole[row * 24..]) {
-                assert!((a - b).abs() < 1e-12);
+            near(&attend(&[Sequence { q: &q, k: &k, v: &v }], heads), 0);
+            // The last queries of a sequence whose other keys stand in a cache.
+            for (from, to) in [
+                (0, 1),
+                (1, 2),
+                (5, 40),
+                (QUERY_BLOCK - 1, QUERY_BLOCK),
+                (rows - 1, rows),
+            ] {
+                let some = Sequence {
+                    q: &q[from * 24..to * 24],
+                    k: &k[..to * 12],
+                    v: &v[..to * 12],
+                };
+                near(&attend(&[some], heads), from);
             }
         }
     }

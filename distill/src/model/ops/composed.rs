@@ -124,6 +124,16 @@ pub(super) fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     gate.silu()? * up
 }
 
+/// [`super::geglu`].
+pub(super) fn geglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+    // Not candle's `gelu`, whose gradient has constants of six digits.
+    let cubic = gate.sqr()?.affine(0.044_715, 1.0)?;
+    let tanh = (gate * cubic)?
+        .affine((2.0 / std::f64::consts::PI).sqrt(), 0.0)?
+        .tanh()?;
+    (gate * tanh.affine(0.5, 0.5)?)? * up
+}
+
 /// [`super::embedding`].
 pub(super) fn embedding(table: &Tensor, ids: &[u32]) -> Result<Tensor> {
     table.index_select(&Tensor::new(ids, table.device())?, 0)
@@ -178,7 +188,7 @@ pub(super) fn attention(
         padded(q, starts, &queries, nq, heads.heads)?.reshape((sequences * heads.kv_heads, group * nq, d))?;
     let k = padded(k, key_starts, &keys, nk, heads.kv_heads)?.reshape((sequences * heads.kv_heads, nk, d))?;
     let v = padded(v, key_starts, &keys, nk, heads.kv_heads)?.reshape((sequences * heads.kv_heads, nk, d))?;
-    let scores = wide(&q.matmul(&k.t()?)?)?.affine(heads.scale(), 0.0)?;
+    let scores = wide(&q.matmul(&k.t()?)?)?.affine(heads.scale, 0.0)?;
     let scores = scores.reshape((sequences, heads.heads, nq, nk))?;
     let positions: Vec<i64> = queries
         .iter()
@@ -187,7 +197,12 @@ pub(super) fn attention(
         .collect();
     let at_query = Tensor::from_vec(positions, (sequences, 1, nq, 1), device)?;
     let at_key = Tensor::arange(0, nk as i64, device)?.reshape((1, 1, 1, nk))?;
-    let seen = at_query.broadcast_ge(&at_key)?.broadcast_as(scores.shape())?;
+    let mut seen = at_query.broadcast_ge(&at_key)?;
+    if let Some(window) = heads.window {
+        let within = at_query.broadcast_sub(&at_key)?.lt(window as i64)?;
+        seen = (seen * within)?;
+    }
+    let seen = seen.broadcast_as(scores.shape())?;
     let hidden = Tensor::new(f32::NEG_INFINITY, device)?
         .to_dtype(scores.dtype())?
         .broadcast_as(scores.shape())?;
@@ -412,6 +427,7 @@ mod tests {
             || rms_norm(&x, &w, 1e-5),
         );
         same(&[&x, &up], || ops::swiglu(&x, &up), || swiglu(&x, &up));
+        same(&[&x, &up], || ops::geglu(&x, &up), || geglu(&x, &up));
         let ids = [4u32, 1, 4, 0].into();
         same(&[&x], || ops::embedding(&x, &ids), || embedding(&x, &ids));
         let rotation = Rotation::new(&RopeTable::new(vec![1.0, 0.3, 0.05]), &[0, 1, 2, 0, 7]);
@@ -420,18 +436,22 @@ mod tests {
 
     #[test]
     fn attention_is_the_kernel() {
-        let heads = Heads {
-            heads: 4,
-            kv_heads: 2,
-            head_dim: 6,
-        };
         let (q, k, v) = (random(&[8, 24], 6), random(&[8, 12], 7), random(&[8, 12], 8));
         let starts = [0, 3, 8];
-        same(
-            &[&q, &k, &v],
-            || ops::attention(&q, &k, &v, heads, starts.into()),
-            || attention(&q, &k, &v, heads, &starts, &starts),
-        );
+        for window in [None, Some(2)] {
+            let heads = Heads {
+                heads: 4,
+                kv_heads: 2,
+                head_dim: 6,
+                scale: 0.4,
+                window,
+            };
+            same(
+                &[&q, &k, &v],
+                || ops::attention(&q, &k, &v, heads, starts.into()),
+                || attention(&q, &k, &v, heads, &starts, &starts),
+            );
+        }
     }
 
     #[test]
