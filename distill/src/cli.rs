@@ -1,5 +1,6 @@
 //! The command line of `pipit-distill`: one file a subcommand.
 
+mod adapter;
 pub mod eval;
 pub mod options;
 mod run;

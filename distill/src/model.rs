@@ -1,30 +1,40 @@
 //! Trainable models: their configuration, their weights, and the forward pass with gradients.
 
+mod adapted;
 mod block;
 mod cache;
 mod config;
 mod decoder;
+mod embedding;
 mod gemma3;
+mod head;
 mod linear;
 mod llama;
 mod load;
+mod lora;
 mod norm;
 pub mod ops;
 mod parameter;
 mod parts;
 mod qwen2;
 mod qwen3;
+mod virtual_tokens;
 mod weight;
 
 use std::path::PathBuf;
 
+pub use adapted::Module;
 pub use block::Pass;
 pub use cache::KvCache;
 pub use config::{Architecture, Config, Rope, Scaling};
 pub use decoder::Model;
-pub use linear::{Linear, Lora};
+pub use embedding::Embedding;
+pub use head::{HEAD, Head};
+pub use linear::Linear;
+pub use lora::{EmbeddingLora, Lora, Magnitude};
 pub use parameter::{Mode, Parameter};
 use pipit_convert::checkpoint::CheckpointError;
+pub use virtual_tokens::{Prefix, PrefixBlock, Projection, VirtualTokens};
 pub use weight::{QuantizedRows, Weight};
 
 /// What to do about a `model_type` that cannot be trained.

@@ -245,6 +245,125 @@ fn the_same_seed_gives_the_same_bits_and_accumulation_the_large_batch() {
 }
 
 #[test]
+fn every_adapter_is_trained_evaluated_and_trained_further() {
+    let place = Workplace::new();
+    let text = [
+        "--prompt-tuning-init",
+        "TEXT",
+        "--prompt-tuning-init-text",
+        "w9 w8 w7",
+    ];
+    let prompt = [&["--method", "prompt", "--num-virtual-tokens", "4"][..], &text].concat();
+    let prefix = vec![
+        "--method",
+        "prefix",
+        "--num-virtual-tokens",
+        "3",
+        "--prefix-projection",
+    ];
+    let saved = vec![
+        "--use-dora",
+        "--target-modules",
+        "embed_tokens,q_proj",
+        "--modules-to-save",
+        "lm_head,norm",
+    ];
+    for (name, options) in [("prompt", prompt), ("prefix", prefix), ("lora", saved)] {
+        let (run, further) = (format!("run-{name}"), format!("run-{name}-further"));
+        let steps = |steps| vec!["--max-steps", steps, "--eval-data", "train.jsonl", "--json"];
+        let json = |output: &Output| -> Value { serde_json::from_str(&succeeded(output)).unwrap() };
+        let first = json(&place.sft(&run, &[options, steps("4")].concat()));
+        assert_eq!(first["method"], name);
+        let eval = [
+            "eval",
+            "--model",
+            "model",
+            "--adapter",
+            &run,
+            "--data",
+            "train.jsonl",
+            "--json",
+        ];
+        let eval = json(&place.run(&[&eval[..], &["--max-new-tokens", "4"]].concat()));
+        let difference = eval["loss"].as_f64().unwrap() - first["eval_loss"].as_f64().unwrap();
+        assert!(difference.abs() < 1e-5, "{name}: {difference}");
+        // The stored adapter decides the method, and training goes on from its loss.
+        let second = json(&place.sft(&further, &[vec!["--adapter", &run], steps("30")].concat()));
+        assert_eq!(second["method"], name);
+        assert!(
+            second["eval_loss"].as_f64().unwrap() < first["eval_loss"].as_f64().unwrap(),
+            "{name}"
+        );
+        let config = |run: &str| fs::read_to_string(place.path(run).join("adapter_config.json")).unwrap();
+        assert_eq!(config(&run), config(&further));
+        let resolved = fs::read_to_string(place.path(&further).join("config.resolved.toml")).unwrap();
+        assert!(
+            resolved.contains("adapter = ") && !resolved.contains("num_virtual_tokens"),
+            "{resolved}"
+        );
+        let config = format!("{further}/config.resolved.toml");
+        succeeded(&place.run(&[
+            "sft",
+            "--config",
+            &config,
+            "--max-steps",
+            "1",
+            "-o",
+            &format!("{run}-again"),
+        ]));
+    }
+}
+
+#[test]
+fn adapter_options_that_do_not_fit_are_refused() {
+    let place = Workplace::new();
+    let refused = |code, text, options: &[&str]| place.refused(code, text, &place.sft("run", options));
+    refused(
+        2,
+        "--use-dora is not for --method prefix",
+        &["--method", "prefix", "--use-dora"],
+    );
+    refused(
+        2,
+        "--prompt-tuning-init-text go together",
+        &["--method", "prompt", "--prompt-tuning-init", "TEXT"],
+    );
+    refused(
+        2,
+        "no room",
+        &["--method", "prompt", "--num-virtual-tokens", "127"],
+    );
+    refused(
+        2,
+        "virtual ones among them",
+        &["--method", "prompt", "--max-length", "120"],
+    );
+    refused(2, "pissa", &["--init-lora-weights", "pissa"]);
+    refused(1, "layers_to_transform needs", &["--layers-to-transform", "1"]);
+    refused(
+        1,
+        "nearest names are q_proj",
+        &["--rank-pattern", r#"{"q_porj": 2}"#],
+    );
+    let (other, prompt) = (fixture("tiny-untied-lora"), fixture("adapters/prompt"));
+    refused(
+        1,
+        "does not fit this model",
+        &["--adapter", other.to_str().unwrap()],
+    );
+    refused(
+        2,
+        "is for prompt",
+        &["--method", "lora", "--adapter", prompt.to_str().unwrap()],
+    );
+    refused(
+        2,
+        "--r cannot be given",
+        &["--r", "4", "--adapter", prompt.to_str().unwrap()],
+    );
+}
+
+#[test]
 fn a_configuration_file_is_as_good_as_flags() {
     let place = Workplace::new();
     let text = "model = 'model'\ndata = 'train.jsonl'\nmax_steps = 2\nr = 2\ntarget_modules = ['q_proj']\n";

@@ -5,11 +5,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::Context as _;
-use pipit_convert::adapter::PeftAdapter;
 use serde_json::{Map, json};
 
 use super::{Output, UsageError, refuse_gguf};
-use crate::adapter;
+use crate::adapter::Adapter;
 use crate::data::{Encoder, Prompt, Row, Sample, read_rows};
 use crate::evaluate::{Figures, Score, Table, answers, loss_sum};
 use crate::model::Model;
@@ -73,10 +72,10 @@ fn evaluate(args: &Args, output: Output, stop: &AtomicBool) -> anyhow::Result<()
     refuse_gguf(&args.model)?;
     let mut model = Model::open(&args.model, false)?;
     if let Some(dir) = &args.adapter {
-        adapter::apply(&mut model, &PeftAdapter::open(dir)?)?;
+        Adapter::load(&mut model, dir)?;
     }
     let encoder = Encoder::open(&args.model, model.config().vocab_size)?;
-    let longest = model.config().max_position_embeddings;
+    let longest = model.longest();
     let rows = read_rows(&args.data, args.max_rows)?;
     let (samples, report) = encoder.samples(&args.data, &rows, args.max_length.min(longest))?;
     if !output.quiet {

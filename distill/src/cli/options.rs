@@ -2,10 +2,12 @@
 
 use std::path::{Path, PathBuf};
 
-use pipit_convert::adapter::TargetModules;
+use pipit_convert::adapter::{Patterns, TargetModules};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::UsageError;
+use crate::adapter::{Bias, InitLoraWeights, PromptTuningInit};
 use crate::optimizer::Schedule;
 
 /// How weights are trained.
@@ -16,7 +18,70 @@ pub enum Method {
     Full,
     /// Low-rank adapters on frozen weights.
     Lora,
+    /// Embeddings before every sequence.
+    Prompt,
+    /// Keys and values before those of every block.
+    Prefix,
 }
+
+impl Method {
+    /// Whether an option that says what an adapter looks like is for this method.
+    fn takes(self, key: &str) -> bool {
+        match self {
+            Self::Full => false,
+            Self::Lora => LORA.contains(&key),
+            Self::Prompt => PROMPT.contains(&key),
+            Self::Prefix => PREFIX.contains(&key),
+        }
+    }
+
+    /// As it is written.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Full => "full",
+            Self::Lora => "lora",
+            Self::Prompt => "prompt",
+            Self::Prefix => "prefix",
+        }
+    }
+}
+
+/// The options that say what an adapter looks like, by method.
+const LORA: [&str; 16] = [
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "rank_pattern",
+    "alpha_pattern",
+    "use_rslora",
+    "use_dora",
+    "init_lora_weights",
+    "bias",
+    "lora_bias",
+    "modules_to_save",
+    "adapter",
+];
+const PROMPT: [&str; 4] = [
+    "num_virtual_tokens",
+    "prompt_tuning_init",
+    "prompt_tuning_init_text",
+    "adapter",
+];
+const PREFIX: [&str; 4] = [
+    "num_virtual_tokens",
+    "prefix_projection",
+    "encoder_hidden_size",
+    "adapter",
+];
+
+/// Values with commas between them.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct List<T>(pub Vec<T>);
 
 /// Declares every option once: the flag, the TOML key, and the resolved value.
 macro_rules! options {
@@ -37,6 +102,17 @@ macro_rules! options {
         impl SftOptions {
             /// The keys that a TOML file may have.
             pub const KEYS: &[&str] = &[$(stringify!($name)),*];
+
+            /// Fills in from `file`.
+            pub fn or(self, file: Self) -> Self {
+                Self { $($name: self.$name.or(file.$name),)* }
+            }
+
+            /// The keys of the options that are given.
+            pub fn given(&self) -> Vec<&'static str> {
+                let given = [$((stringify!($name), self.$name.is_some())),*];
+                given.into_iter().filter(|(_, given)| *given).map(|(key, _)| key).collect()
+            }
 
             /// Fills in from `file`, then from the defaults.
             pub fn resolve(self, file: Self) -> SftConfig {
@@ -82,8 +158,38 @@ options! {
     #[arg(value_parser = parse_targets, value_name = "NAMES|REGEX")]
     target_modules: TargetModules = TargetModules::Pattern("all-linear".into()),
         "Layers with an adapter: names with commas, a regular expression, or all-linear [default: all-linear]";
+    #[arg(value_parser = parse_targets, value_name = "NAMES|REGEX")]
+    exclude_modules: TargetModules = TargetModules::Names(vec![]), "Layers without an adapter all the same";
+    #[arg(value_parser = parse_list::<usize>, value_name = "N,…")]
+    layers_to_transform: List<usize> = List::default(), "Adapt these blocks only, where --target-modules lists names";
+    #[arg(value_parser = parse_list::<String>, value_name = "NAMES")]
+    layers_pattern: List<String> = List::default(), "What stands before a block's index in a module's name";
+    #[arg(value_parser = parse_json::<Patterns<usize>>, value_name = "JSON")]
+    rank_pattern: Patterns<usize> = Patterns::default(), "Other ranks by module: {\"REGEX\": R, …}, the first that matches";
+    #[arg(value_parser = parse_json::<Patterns<f64>>, value_name = "JSON")]
+    alpha_pattern: Patterns<f64> = Patterns::default(), "Other alphas by module: {\"REGEX\": ALPHA, …}";
     #[arg(num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
     use_rslora: bool = false, "Scale by lora_alpha / √r";
+    #[arg(num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
+    use_dora: bool = false, "Train the lengths of the weights' rows beside their directions";
+    #[arg(value_name = "true|gaussian|false")]
+    init_lora_weights: InitLoraWeights = InitLoraWeights::True, "What A and B start from [default: true]";
+    #[arg(value_enum)]
+    bias: Bias = Bias::None, "Which of the model's biases are trained too [default: none]";
+    #[arg(num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
+    lora_bias: bool = false, "Give B a bias";
+    #[arg(value_parser = parse_list::<String>, value_name = "NAMES")]
+    modules_to_save: List<String> = List::default(), "Modules that are trained and stored whole: lm_head, embed_tokens, norm";
+    num_virtual_tokens: usize = 20, "Rows before every sequence, with --method prompt or prefix [default: 20]";
+    #[arg(value_enum)]
+    prompt_tuning_init: PromptTuningInit = PromptTuningInit::Random, "What a soft prompt starts from [default: RANDOM]";
+    #[arg(value_name = "TEXT")]
+    prompt_tuning_init_text: String = String::new(), "The text of --prompt-tuning-init TEXT";
+    #[arg(num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
+    prefix_projection: bool = false, "Make the prefix by two layers while it is trained";
+    encoder_hidden_size: usize = 0, "The width between those layers [default: that of a row of keys]";
+    #[arg(value_name = "DIR")]
+    adapter: PathBuf = PathBuf::new(), "A stored adapter to train further, instead of a new one";
 }
 
 /// A path that was not given, which TOML cannot express.
@@ -92,6 +198,18 @@ fn is_absent<T: 'static>(value: &T) -> bool {
     value
         .downcast_ref::<PathBuf>()
         .is_some_and(|path| path.as_os_str().is_empty())
+}
+
+/// Values with commas between them.
+fn parse_list<T: std::str::FromStr<Err: std::fmt::Display>>(text: &str) -> Result<List<T>, String> {
+    let parts = text.split(',').map(str::trim).filter(|part| !part.is_empty());
+    let values = parts.map(|part| part.parse().map_err(|e| format!("{part:?}: {e}")));
+    Ok(List(values.collect::<Result<_, _>>()?))
+}
+
+/// A JSON value, in which no key stands twice.
+fn parse_json<T: DeserializeOwned>(text: &str) -> Result<T, String> {
+    pipit_convert::json::from_slice(text.as_bytes()).map_err(|e| e.to_string())
 }
 
 /// `all-linear`, a regular expression (anything with a character that a name does not have), or names.
@@ -124,7 +242,47 @@ pub fn read_toml(path: &Path) -> Result<SftOptions, UsageError> {
     toml::from_str(&text).map_err(|e| bad(e.to_string()))
 }
 
+/// Whether an option says what an adapter looks like.
+fn is_of_adapters(key: &str) -> bool {
+    LORA.contains(&key) || PROMPT.contains(&key) || PREFIX.contains(&key)
+}
+
+impl SftOptions {
+    /// Refuses options of another method than the one that is chosen, and those that a stored adapter decides.
+    pub fn check(&self) -> Result<(), UsageError> {
+        let method = self.method.unwrap_or(Method::Lora);
+        let stored = self.adapter.is_some();
+        for key in self.given().into_iter().filter(|key| is_of_adapters(key)) {
+            let flag = format!("--{}", key.replace('_', "-"));
+            if stored && key != "adapter" {
+                return Err(UsageError::Usage(format!(
+                    "{flag} cannot be given with --adapter, which decides it"
+                )));
+            }
+            if !method.takes(key) && !(stored && self.method.is_none()) {
+                return Err(UsageError::Usage(format!(
+                    "{flag} is not for --method {}\nhint: leave it out, or choose another method",
+                    method.name()
+                )));
+            }
+        }
+        Ok(())
+    }
+}
+
 impl SftConfig {
+    /// What `config.resolved.toml` says: every option that counts.
+    pub fn resolved(&self) -> Result<toml::Table, toml::ser::Error> {
+        let stored = !self.adapter.as_os_str().is_empty();
+        let mut table = toml::Table::try_from(self)?;
+        table.retain(|key, value| match is_of_adapters(key) {
+            true if stored => key == "adapter",
+            true => self.method.takes(key) && !value.as_str().is_some_and(str::is_empty),
+            false => true,
+        });
+        Ok(table)
+    }
+
     /// Refuses values that cannot be meant.
     pub fn check(&self) -> Result<(), UsageError> {
         let usage = |text: String| Err(UsageError::Usage(text));
@@ -144,6 +302,11 @@ impl SftConfig {
             ("--gradient-accumulation-steps", self.gradient_accumulation_steps),
             ("--logging-steps", self.logging_steps),
             ("--r", self.r),
+            ("--num-virtual-tokens", self.num_virtual_tokens),
+            (
+                "--rank-pattern",
+                self.rank_pattern.0.iter().map(|(_, r)| *r).min().unwrap_or(1),
+            ),
         ] {
             if value == 0 {
                 return usage(format!("{flag} must be at least 1"));
@@ -169,6 +332,10 @@ impl SftConfig {
             if !(low..=high).contains(&value) {
                 return usage(format!("{flag} is {value}, which is out of range"));
             }
+        }
+        let with_text = self.prompt_tuning_init == PromptTuningInit::Text;
+        if self.method == Method::Prompt && with_text == self.prompt_tuning_init_text.is_empty() {
+            return usage("--prompt-tuning-init TEXT and --prompt-tuning-init-text go together".into());
         }
         if self.max_length == 1 {
             return usage(
@@ -230,9 +397,48 @@ mod tests {
     #[test]
     fn a_resolved_configuration_can_be_read_again() {
         let config = SftOptions::default().resolve(SftOptions::default());
-        let text = toml::to_string(&config).unwrap();
-        let again = toml_file(&text).unwrap().resolve(SftOptions::default());
-        assert_eq!(toml::to_string(&again).unwrap(), text);
+        let text = toml::to_string(&config.resolved().unwrap()).unwrap();
+        let file = toml_file(&text).unwrap();
+        file.check().unwrap();
+        let again = file.resolve(SftOptions::default());
+        assert_eq!(toml::to_string(&again.resolved().unwrap()).unwrap(), text);
+    }
+
+    #[test]
+    fn an_option_of_another_method_is_refused() {
+        let refused = |text: &str| toml_file(text).unwrap().check().unwrap_err().to_string();
+        assert!(
+            refused("method = 'prompt'\nuse_dora = true").contains("--use-dora is not for --method prompt")
+        );
+        assert!(refused("num_virtual_tokens = 3").contains("--num-virtual-tokens is not for --method lora"));
+        assert!(refused("adapter = 'run'\nr = 8").contains("--r cannot be given with --adapter"));
+        assert!(refused("method = 'full'\nadapter = 'run'").contains("--adapter is not for --method full"));
+        toml_file("adapter = 'run'").unwrap().check().unwrap();
+        let lora =
+            "rank_pattern = {'b.*' = 2, a = 3}\ninit_lora_weights = 'gaussian'\nlayers_to_transform = [1]";
+        let options = toml_file(lora).unwrap();
+        options.check().unwrap();
+        let config = options.resolve(SftOptions::default());
+        assert_eq!(
+            config.rank_pattern.0,
+            [("b.*".to_owned(), 2), ("a".to_owned(), 3)]
+        );
+        assert_eq!(config.init_lora_weights, InitLoraWeights::Gaussian);
+        assert!(
+            toml_file("init_lora_weights = 'pissa'")
+                .unwrap_err()
+                .to_string()
+                .contains("pissa")
+        );
+    }
+
+    #[test]
+    fn lists_and_patterns_are_read_from_flags() {
+        assert_eq!(parse_list::<usize>("0, 3"), Ok(List(vec![0, 3])));
+        assert!(parse_list::<usize>("0,x").unwrap_err().contains('x'));
+        let patterns: Patterns<usize> = parse_json(r#"{"z": 1, "a": 2}"#).unwrap();
+        assert_eq!(patterns.0, [("z".to_owned(), 1), ("a".to_owned(), 2)]);
+        assert!(parse_json::<Patterns<usize>>(r#"{"z": 1, "z": 2}"#).is_err());
     }
 
     #[test]

@@ -8,6 +8,8 @@ use anyhow::Context as _;
 use pipit_convert::output::OutputDir;
 use serde::Serialize;
 
+use super::options::SftConfig;
+
 /// Refuses a folder that exists: it may be the work of hours.
 pub(super) fn refuse_existing(path: &Path) -> anyhow::Result<()> {
     if path.exists() {
@@ -29,11 +31,11 @@ pub(super) struct RunDir {
 
 impl RunDir {
     /// Starts the folder, which must not exist.
-    pub(super) fn create(path: &Path, config: &impl Serialize) -> anyhow::Result<Self> {
+    pub(super) fn create(path: &Path, config: &SftConfig) -> anyhow::Result<Self> {
         refuse_existing(path)?;
         let cannot = || format!("cannot make {}", path.display());
         let dir = OutputDir::create(path).with_context(cannot)?;
-        let text = toml::to_string(config).with_context(cannot)?;
+        let text = toml::to_string(&config.resolved().with_context(cannot)?).with_context(cannot)?;
         std::fs::write(dir.path().join("config.resolved.toml"), text).with_context(cannot)?;
         let metrics = File::create(dir.path().join("metrics.jsonl")).with_context(cannot)?;
         Ok(Self { dir, metrics })

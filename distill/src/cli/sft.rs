@@ -11,14 +11,13 @@ use serde_json::json;
 
 use super::options::{Method, SftConfig, SftOptions, read_toml};
 use super::run::{RunDir, refuse_existing};
-use super::{Output, UsageError, refuse_gguf};
-use crate::adapter::{self, LoraOptions};
+use super::{Output, UsageError, adapter, refuse_gguf};
+use crate::adapter::Adapter;
 use crate::data::{DataReport, Encoder, Prompt, ReadRow, Sample, read_rows};
 use crate::evaluate::{Answer, answers};
 use crate::export::save_checkpoint;
 use crate::model::Model;
 use crate::optimizer::AdamWOptions;
-use crate::random::Random;
 use crate::rollout::Stop;
 use crate::trainer::{Event, Outcome, TrainError, TrainOptions, train, with_deep_stack};
 
@@ -62,7 +61,7 @@ struct Summary<'a> {
 /// Everything that is read before training starts.
 struct Prepared {
     model: Model,
-    adapter: Option<pipit_convert::adapter::AdapterConfig>,
+    adapter: Option<Adapter>,
     encoder: Encoder,
     samples: Vec<Sample>,
     report: DataReport,
@@ -79,18 +78,26 @@ pub fn run(args: Args, output: Output) -> anyhow::Result<()> {
         .map(read_toml)
         .transpose()?
         .unwrap_or_default();
-    let mut config = args.options.resolve(file);
+    let options = args.options.or(file);
+    options.check()?;
+    let method_is_given = options.method.is_some();
+    let mut config = options.resolve(SftOptions::default());
     config.check()?;
     let stop = Arc::new(AtomicBool::new(false));
     let on_signal = stop.clone();
     ctrlc::set_handler(move || on_signal.store(true, Ordering::Relaxed))
         .context("cannot watch for Ctrl-C")?;
-    with_deep_stack(|| sft(&mut config, output, &stop)).context("cannot start a thread")?
+    with_deep_stack(|| sft(&mut config, method_is_given, output, &stop)).context("cannot start a thread")?
 }
 
-fn sft(config: &mut SftConfig, output: Output, stop: &AtomicBool) -> anyhow::Result<()> {
+fn sft(
+    config: &mut SftConfig,
+    method_is_given: bool,
+    output: Output,
+    stop: &AtomicBool,
+) -> anyhow::Result<()> {
     refuse_existing(&config.output_dir)?;
-    let prepared = prepare(config, output)?;
+    let prepared = prepare(config, method_is_given, output)?;
     let config = &*config;
     let mut run = RunDir::create(&config.output_dir, config)?;
     let Prepared { model, encoder, .. } = &prepared;
@@ -163,7 +170,7 @@ fn sft(config: &mut SftConfig, output: Output, stop: &AtomicBool) -> anyhow::Res
         Err(error) => return Err(save_bad_batch(config, error)),
     };
 
-    let longest = model.config().max_position_embeddings;
+    let longest = model.longest();
     let samples: Vec<Answer> = answers(
         model,
         &prepared.prompts,
@@ -172,7 +179,7 @@ fn sft(config: &mut SftConfig, output: Output, stop: &AtomicBool) -> anyhow::Res
     )?;
     run.samples(&samples).with_context(cannot)?;
     match &prepared.adapter {
-        Some(adapter) => adapter::save(model, adapter, run.path())?,
+        Some(adapter) => adapter.save(model, run.path())?,
         None => save_checkpoint(model, &config.model, run.path()).with_context(cannot)?,
     }
     let summary = Summary {
@@ -215,39 +222,33 @@ fn record(kept: &mut std::io::Result<()>, new: std::io::Result<()>) {
     }
 }
 
-fn prepare(config: &mut SftConfig, output: Output) -> anyhow::Result<Prepared> {
+fn prepare(config: &mut SftConfig, method_is_given: bool, output: Output) -> anyhow::Result<Prepared> {
     refuse_gguf(&config.model)?;
-    let mut model = Model::open(&config.model, config.method == Method::Full)?;
-    let adapter = match config.method {
-        Method::Full => None,
-        Method::Lora => {
-            let options = LoraOptions {
-                r: config.r,
-                lora_alpha: config.lora_alpha,
-                lora_dropout: config.lora_dropout,
-                use_rslora: config.use_rslora,
-                target_modules: config.target_modules.clone(),
-            };
-            let base = config.model.to_string_lossy();
-            Some(adapter::add(
-                &mut model,
-                &options,
-                &base,
-                &mut Random::new(config.seed, "adapter"),
-            )?)
-        }
-    };
-    let longest = model.config().max_position_embeddings;
+    let train_all = config.method == Method::Full;
+    let mut model = Model::open(&config.model, train_all)?;
+    let encoder = Encoder::open(&config.model, model.config().vocab_size)?;
+    let adapter = adapter::put_on(&mut model, &encoder, config, method_is_given)?;
+    let longest = model.longest();
     if config.max_length == 0 {
         config.max_length = longest.min(1024);
     }
     if config.max_length > longest {
+        let knows = model.config().max_position_embeddings;
         anyhow::bail!(UsageError::Usage(format!(
-            "--max-length is {}, but the model was made for {longest} tokens (max_position_embeddings)",
-            config.max_length
+            "--max-length is {}, but the model was made for {knows} tokens (max_position_embeddings){}",
+            config.max_length,
+            if longest < knows {
+                ", virtual ones among them"
+            } else {
+                ""
+            }
         )));
     }
-    let encoder = Encoder::open(&config.model, model.config().vocab_size)?;
+    if longest < 2 {
+        anyhow::bail!(UsageError::Usage(
+            "--num-virtual-tokens leaves no room for a sequence".into()
+        ));
+    }
     let (_, samples, report) = read(&encoder, &config.data, None, config.max_length, output)?;
     let (mut eval_samples, mut eval_report, mut prompts) = (Vec::new(), None, Vec::new());
     if !config.eval_data.as_os_str().is_empty() {

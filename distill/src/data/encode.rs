@@ -127,6 +127,11 @@ impl Encoder {
         }
     }
 
+    /// The tokens of a text, with the special ones that the tokenizer adds.
+    pub fn tokens(&self, text: &str) -> Result<Vec<u32>, DataError> {
+        self.ids(text, true)
+    }
+
     fn ids(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, DataError> {
         let encoding = self
             .tokenizer
