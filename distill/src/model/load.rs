@@ -35,6 +35,8 @@ impl<'a> Loader<'a> {
             });
         }
         let data = view.to_f32()?;
+        // The file's pages are not needed any more: without this a model would be in memory twice.
+        self.checkpoint.release(&name);
         if data.iter().any(|x| !x.is_finite()) {
             return Err(ModelError::NotFinite {
                 path: path(),
