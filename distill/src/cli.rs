@@ -3,6 +3,7 @@
 mod adapter;
 pub mod eval;
 pub mod options;
+mod resume;
 mod run;
 pub mod sft;
 

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::UsageError;
 use crate::adapter::{Bias, InitLoraWeights, PromptTuningInit};
 use crate::optimizer::Schedule;
+use crate::trainer::{Strategy, When};
 
 /// How weights are trained.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
@@ -116,7 +117,8 @@ macro_rules! options {
 
             /// Fills in from `file`, then from the defaults.
             pub fn resolve(self, file: Self) -> SftConfig {
-                SftConfig { $($name: self.$name.or(file.$name).unwrap_or_else(|| $default),)* }
+                let given = self.or(file);
+                SftConfig { $($name: given.$name.unwrap_or_else(|| $default),)* }
             }
         }
     };
@@ -128,11 +130,15 @@ options! {
     #[arg(value_name = "F.jsonl")]
     data: PathBuf = PathBuf::new(), "Rows to train on: `messages`, or `prompt` and `completion`, or `text`";
     #[arg(short = 'o', value_name = "RUN")]
-    output_dir: PathBuf = PathBuf::new(), "The folder to make; it must not exist yet";
+    output_dir: PathBuf = PathBuf::new(), "The folder to make; one that holds work is not written over";
     #[arg(value_enum)]
     method: Method = Method::Lora, "What is trained [default: lora]";
     per_device_train_batch_size: usize = 8, "Sequences in one forward pass [default: 8]";
     gradient_accumulation_steps: usize = 1, "Forward passes in one step [default: 1]";
+    #[arg(num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
+    packing: bool = false, "A forward pass takes as many rows as fit into its sequences of --max-length tokens; no row sees another";
+    #[arg(num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
+    gradient_checkpointing: bool = false, "Keep no activations, compute them again: less memory, one more forward pass, the same bits";
     learning_rate: f64 = 2e-4, "The learning rate after the warm-up [default: 2e-4]";
     num_train_epochs: f64 = 3.0, "Passes over the data, where --max-steps is not given [default: 3]";
     max_steps: usize = 0, "Steps to do, whatever the number of passes";
@@ -149,8 +155,20 @@ options! {
     logging_steps: usize = 10, "A line of figures every so many steps [default: 10]";
     #[arg(value_name = "F.jsonl")]
     eval_data: PathBuf = PathBuf::new(), "Rows to evaluate on";
-    eval_steps: usize = 0, "An evaluation every so many steps; one at the end is always made";
+    #[arg(value_enum)]
+    eval_strategy: Strategy = Strategy::Steps, "When to evaluate; once at the end always [default: steps]";
+    eval_steps: usize = 0, "An evaluation every so many steps [default: 0, at the end only]";
     max_eval_samples: usize = 100, "The most rows of --eval-data that are used [default: 100]";
+    early_stopping_patience: usize = 0, "End after so many evaluations that were not better [default: 0, do not]";
+    early_stopping_threshold: f64 = 0.0, "Better is an evaluation loss that is smaller by more than this [default: 0]";
+    #[arg(num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
+    load_best_model_at_end: bool = false, "End with the weights of the best evaluation, whose checkpoint is kept";
+    #[arg(value_enum)]
+    save_strategy: Strategy = Strategy::Steps, "When to save a checkpoint; always when the run is stopped [default: steps]";
+    save_steps: usize = 500, "A checkpoint every so many steps [default: 500]";
+    save_total_limit: usize = 2, "The most checkpoints that are kept, beside the best; 0 keeps all [default: 2]";
+    #[arg(value_name = "RUN|CHECKPOINT")]
+    resume_from_checkpoint: PathBuf = PathBuf::new(), "Go on with a run that was stopped, from its last checkpoint or from this one; other options are those of the run";
     max_length: usize = 0, "Longer sequences are cut to so many tokens, and reported [default: 1024, or what the model knows]";
     r: usize = 8, "The rank of the adapters [default: 8]";
     lora_alpha: f64 = 16.0, "The adapters' scale is this through r [default: 16]";
@@ -328,6 +346,12 @@ impl SftConfig {
             ("--adam-epsilon", self.adam_epsilon, f64::MIN_POSITIVE, 1.0),
             ("--lora-alpha", self.lora_alpha, f64::MIN_POSITIVE, 1e6),
             ("--lora-dropout", self.lora_dropout, 0.0, 1.0 - f64::EPSILON),
+            (
+                "--early-stopping-threshold",
+                self.early_stopping_threshold,
+                0.0,
+                f64::MAX,
+            ),
         ] {
             if !(low..=high).contains(&value) {
                 return usage(format!("{flag} is {value}, which is out of range"));
@@ -337,6 +361,24 @@ impl SftConfig {
         if self.method == Method::Prompt && with_text == self.prompt_tuning_init_text.is_empty() {
             return usage("--prompt-tuning-init TEXT and --prompt-tuning-init-text go together".into());
         }
+        let evaluates = !self.eval_data.as_os_str().is_empty()
+            && self.eval_strategy.every(self.eval_steps) != When::Never;
+        for (flag, given) in [
+            ("--early-stopping-patience", self.early_stopping_patience > 0),
+            ("--load-best-model-at-end", self.load_best_model_at_end),
+        ] {
+            if given && !evaluates {
+                return usage(format!(
+                    "{flag} needs evaluations while training\nhint: give --eval-data, and --eval-steps N or --eval-strategy epoch"
+                ));
+            }
+        }
+        if self.lr_scheduler_type == Schedule::Constant && (self.warmup_steps > 0 || self.warmup_ratio > 0.0)
+        {
+            return usage(
+                "--lr-scheduler-type constant has no warm-up\nhint: constant_with_warmup has one".into(),
+            );
+        }
         if self.max_length == 1 {
             return usage(
                 "--max-length must be at least 2: a token is predicted from the one before it".into(),
@@ -345,10 +387,10 @@ impl SftConfig {
         Ok(())
     }
 
-    /// The number of steps, and of those that warm up.
-    pub fn steps(&self, steps_per_epoch: usize) -> (usize, usize) {
+    /// The number of steps, and of those that warm up. `of_epochs` says how many steps so many passes over the data are.
+    pub fn steps(&self, of_epochs: impl FnOnce(f64) -> usize) -> (usize, usize) {
         let steps = match self.max_steps {
-            0 => ((steps_per_epoch as f64 * self.num_train_epochs).ceil() as usize).max(1),
+            0 => of_epochs(self.num_train_epochs),
             steps => steps,
         };
         let warmup = match self.warmup_steps {
@@ -445,9 +487,10 @@ mod tests {
     fn steps_and_warm_up() {
         let mut config = SftOptions::default().resolve(SftOptions::default());
         config.warmup_ratio = 0.1;
-        assert_eq!(config.steps(7), (21, 3));
+        let of_epochs = |epochs| (7.0 * epochs) as usize;
+        assert_eq!(config.steps(of_epochs), (21, 3));
         config.max_steps = 5;
-        assert_eq!(config.steps(7), (5, 1));
+        assert_eq!(config.steps(of_epochs), (5, 1));
     }
 
     #[test]
