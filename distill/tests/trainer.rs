@@ -5,9 +5,8 @@
 
 use std::path::Path;
 
-use candle_core::Tensor;
-use pipit_convert::adapter::TargetModules;
-use pipit_distill::adapter::{self, LoraOptions};
+use pipit_convert::adapter::{Patterns, TargetModules};
+use pipit_distill::adapter::{Adapter, Bias, InitLoraWeights, LoraOptions, Targets, lora};
 use pipit_distill::batch::{Batch, IGNORED};
 use pipit_distill::model::{Mode, Model};
 use pipit_distill::optimizer::AdamWOptions;
@@ -36,33 +35,29 @@ fn open(name: &str, train: bool) -> Model {
 }
 
 /// With adapters, whose B is not zero, on some layers.
-fn adapted(name: &str, targets: &str, dropout: f64) -> Model {
+fn adapted(name: &str, target_modules: &str, dropout: f64) -> Model {
     let mut model = open(name, false);
     let options = LoraOptions {
         r: 4,
         lora_alpha: 8.0,
         lora_dropout: dropout,
         use_rslora: false,
-        target_modules: TargetModules::Pattern(targets.into()),
+        use_dora: dropout > 0.0,
+        lora_bias: false,
+        bias: Bias::None,
+        init_lora_weights: InitLoraWeights::False,
+        rank_pattern: Patterns::default(),
+        alpha_pattern: Patterns::default(),
+        targets: Targets {
+            target_modules: TargetModules::Pattern(target_modules.into()),
+            exclude_modules: TargetModules::Names(Vec::new()),
+            layers_to_transform: Vec::new(),
+            layers_pattern: Vec::new(),
+            modules_to_save: Vec::new(),
+        },
     };
-    adapter::add(&mut model, &options, name, &mut Random::new(3, "adapter")).unwrap();
-    for (i, (name, var)) in model.trained().into_iter().enumerate() {
-        if name.contains("lora_B") {
-            let values: Vec<f32> = numbers(i as u64, var.elem_count())
-                .iter()
-                .map(|x| x * 0.1)
-                .collect();
-            var.set(&Tensor::from_vec(values, var.dims(), var.device()).unwrap())
-                .unwrap();
-        }
-    }
+    lora::add(&mut model, &options, name, &mut Random::new(3, "adapter")).unwrap();
     model
-}
-
-/// Deterministic numbers in [−1, 1).
-fn numbers(seed: u64, count: usize) -> Vec<f32> {
-    let one = |i| (mix(mix(seed) ^ i) >> 40) as f32 / (1u64 << 23) as f32 - 1.0;
-    (0..count as u64).map(one).collect()
 }
 
 /// Sequences of 2 to 12 tokens whose second half is trained on.
@@ -121,11 +116,28 @@ fn step(model: &Model, passes: &[&[(Vec<u32>, Vec<i64>)]], recompute: bool) -> (
     (loss, values.collect())
 }
 
+/// Every adapter of PEFT that is a fixture, on its base.
+fn stored_adapters() -> Vec<(String, Model)> {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/adapters");
+    let folders = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path());
+    let mut models = Vec::new();
+    for folder in folders.filter(|path| path.is_dir()) {
+        let config = std::fs::read(folder.join("adapter_config.json")).unwrap();
+        let config: serde_json::Value = serde_json::from_slice(&config).unwrap();
+        let mut model = open(config["base_model_name_or_path"].as_str().unwrap(), false);
+        Adapter::load(&mut model, &folder).unwrap();
+        models.push((folder.file_name().unwrap().to_str().unwrap().to_owned(), model));
+    }
+    assert!(models.len() >= 16, "{} adapters", models.len());
+    models
+}
+
 #[test]
 fn recomputed_activations_give_the_same_bits() {
     let sequences = sequences(6);
     let (first, second) = sequences.split_at(2);
-    let models = [
+    let mut models = stored_adapters();
+    let more = [
         ("all weights, tied", open("tiny-tied", true)),
         ("all weights, untied", open("tiny-untied", true)),
         (
@@ -133,13 +145,14 @@ fn recomputed_activations_give_the_same_bits() {
             open("tiny-gemma3", true),
         ),
         ("adapters", adapted("tiny-tied", "all-linear", 0.0)),
-        ("adapters with dropout", adapted("tiny-untied", "all-linear", 0.3)),
+        ("DoRA with dropout", adapted("tiny-untied", "all-linear", 0.3)),
         // Nothing is trained below the second block: no gradient is computed there.
         (
             "adapters on the second block",
             adapted("tiny-tied", r".*layers\.1\..*", 0.3),
         ),
     ];
+    models.extend(more.map(|(what, model)| (what.to_owned(), model)));
     for (what, model) in models {
         let (loss, gradients) = step(&model, &[first, second], false);
         let (other_loss, others) = step(&model, &[first, second], true);
