@@ -87,9 +87,11 @@ fn pefts_gradient(name: &str, grads: &BTreeMap<String, Tensor>, kv: usize) -> Te
         .split_once(".layers.")
         .filter(|(start, _)| start.contains("prompt"))
     else {
-        return match name {
-            "prompt_embeddings" => whole("prompt_encoder.embedding.weight"),
-            name => whole(name),
+        return match name.strip_suffix(".bias") {
+            // PEFT puts a layer with an adapter around the layer that has the bias.
+            Some(module) if !grads.contains_key(name) => whole(&format!("{module}.base_layer.bias")),
+            _ if name == "prompt_embeddings" => whole("prompt_encoder.embedding.weight"),
+            _ => whole(name),
         };
     };
     let start = block.parse::<usize>().unwrap() * 2 * kv;

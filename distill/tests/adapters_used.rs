@@ -323,7 +323,6 @@ fn a_merged_adapter_gives_the_logits_of_the_unmerged() {
         ("embeddings", "tiny-tied"),
         ("embeddings-dora", "tiny-untied"),
         ("bias-all", "tiny-qwen2"),
-        ("bias-lora-only", "tiny-qwen2"),
     ] {
         // What this program writes is what is merged.
         let mut model = Model::open(&fixture(base), false).unwrap();
@@ -346,6 +345,15 @@ fn a_merged_adapter_gives_the_logits_of_the_unmerged() {
         let plain = logits(&Model::open(&fixture(base), false).unwrap());
         assert_ne!(plain, unmerged, "{case}");
     }
+    // A bias on a layer that has none, as in PEFT, cannot be merged.
+    let (adapter, dir) = (
+        fixture("adapters").join("bias-lora-only"),
+        tempfile::tempdir().unwrap(),
+    );
+    let error = merged("tiny-qwen2", &adapter, dir.path())
+        .unwrap_err()
+        .to_string();
+    assert!(error.contains("o_proj.bias"), "{error}");
 }
 
 /// A stored adapter with some keys of its configuration changed.
