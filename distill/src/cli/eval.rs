@@ -7,11 +7,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use anyhow::Context as _;
 use serde_json::{Map, json};
 
-use super::{Output, UsageError, refuse_gguf};
+use super::{Output, UsageError};
 use crate::adapter::Adapter;
 use crate::data::{Encoder, Prompt, Row, Sample, read_rows};
 use crate::evaluate::{Figures, Score, Table, answers, loss_sum};
-use crate::model::Model;
+use crate::model::{Keep, Model};
 use crate::rollout::Stop;
 use crate::trainer::with_deep_stack;
 
@@ -25,12 +25,15 @@ const BAR: &str = "{msg} {wide_bar} {pos}/{len} {elapsed}, {eta} to go";
     pipit-distill eval --model smollm2 --adapter run --data dev.jsonl --by language --json"
 )]
 pub struct Args {
-    /// The checkpoint folder
-    #[arg(long, value_name = "DIR")]
+    /// The checkpoint folder, or a GGUF file
+    #[arg(long, value_name = "DIR|FILE.gguf")]
     model: PathBuf,
     /// An adapter folder in PEFT's layout
     #[arg(long, value_name = "DIR")]
     adapter: Option<PathBuf>,
+    /// The folder's weights in NF4, as --method qlora has them; a GGUF file has its own blocks
+    #[arg(long)]
+    load_in_4bit: bool,
     /// Rows: `messages`, or `prompt` and `completion`, or `text`
     #[arg(long, value_name = "F.jsonl")]
     data: PathBuf,
@@ -69,8 +72,11 @@ pub fn run(args: &Args, output: Output) -> anyhow::Result<()> {
 }
 
 fn evaluate(args: &Args, output: Output, stop: &AtomicBool) -> anyhow::Result<()> {
-    refuse_gguf(&args.model)?;
-    let mut model = Model::open(&args.model, false)?;
+    let keep = match args.load_in_4bit {
+        true => Keep::Nf4 { double_quant: true },
+        false => Keep::Frozen,
+    };
+    let mut model = Model::open_as(&args.model, keep)?;
     if let Some(dir) = &args.adapter {
         Adapter::load(&mut model, dir)?;
     }

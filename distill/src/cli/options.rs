@@ -19,10 +19,22 @@ pub enum Method {
     Full,
     /// Low-rank adapters on frozen weights.
     Lora,
+    /// The same on weights of four bits: NF4, or the blocks of a GGUF file.
+    Qlora,
     /// Embeddings before every sequence.
     Prompt,
     /// Keys and values before those of every block.
     Prefix,
+}
+
+/// The four-bit types of bitsandbytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum QuantType {
+    /// Four bits whose values are the quantiles of a normal distribution.
+    Nf4,
+    /// Four bits of a float; refused by name.
+    Fp4,
 }
 
 impl Method {
@@ -31,6 +43,7 @@ impl Method {
         match self {
             Self::Full => false,
             Self::Lora => LORA.contains(&key),
+            Self::Qlora => LORA.contains(&key) || QLORA.contains(&key),
             Self::Prompt => PROMPT.contains(&key),
             Self::Prefix => PREFIX.contains(&key),
         }
@@ -41,6 +54,7 @@ impl Method {
         match self {
             Self::Full => "full",
             Self::Lora => "lora",
+            Self::Qlora => "qlora",
             Self::Prompt => "prompt",
             Self::Prefix => "prefix",
         }
@@ -66,6 +80,7 @@ const LORA: [&str; 16] = [
     "modules_to_save",
     "adapter",
 ];
+const QLORA: [&str; 2] = ["bnb_4bit_quant_type", "bnb_4bit_use_double_quant"];
 const PROMPT: [&str; 4] = [
     "num_virtual_tokens",
     "prompt_tuning_init",
@@ -125,8 +140,8 @@ macro_rules! options {
 }
 
 options! {
-    #[arg(value_name = "DIR")]
-    model: PathBuf = PathBuf::new(), "The checkpoint folder to start from";
+    #[arg(value_name = "DIR|FILE.gguf")]
+    model: PathBuf = PathBuf::new(), "The checkpoint folder to start from; lora and qlora also train over the blocks of a GGUF file";
     #[arg(value_name = "F.jsonl")]
     data: PathBuf = PathBuf::new(), "Rows to train on: `messages`, or `prompt` and `completion`, or `text`";
     #[arg(short = 'o', value_name = "RUN")]
@@ -208,6 +223,10 @@ options! {
     encoder_hidden_size: usize = 0, "The width between those layers [default: that of a row of keys]";
     #[arg(value_name = "DIR")]
     adapter: PathBuf = PathBuf::new(), "A stored adapter to train further, instead of a new one";
+    #[arg(value_enum)]
+    bnb_4bit_quant_type: QuantType = QuantType::Nf4, "The base's type with --method qlora on a folder [default: nf4]";
+    #[arg(num_args = 0..=1, default_missing_value = "true", value_name = "BOOL", action = clap::ArgAction::Set)]
+    bnb_4bit_use_double_quant: bool = true, "Whether its scales are quantised too, as in the QLoRA paper [default: true]";
 }
 
 /// A path that was not given, which TOML cannot express.
@@ -262,7 +281,9 @@ pub fn read_toml(path: &Path) -> Result<SftOptions, UsageError> {
 
 /// Whether an option says what an adapter looks like.
 fn is_of_adapters(key: &str) -> bool {
-    LORA.contains(&key) || PROMPT.contains(&key) || PREFIX.contains(&key)
+    [&LORA[..], &QLORA, &PROMPT, &PREFIX]
+        .iter()
+        .any(|keys| keys.contains(&key))
 }
 
 impl SftOptions {
@@ -377,6 +398,12 @@ impl SftConfig {
         {
             return usage(
                 "--lr-scheduler-type constant has no warm-up\nhint: constant_with_warmup has one".into(),
+            );
+        }
+        if self.bnb_4bit_quant_type == QuantType::Fp4 {
+            return usage(
+                "--bnb-4bit-quant-type fp4 is not built\nhint: nf4 is, and closer to a model's weights"
+                    .into(),
             );
         }
         if self.max_length == 1 {

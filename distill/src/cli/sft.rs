@@ -11,12 +11,12 @@ use serde_json::json;
 use super::options::{Method, SftConfig, SftOptions, read_toml};
 use super::resume::Resume;
 use super::run::{RunDir, refuse_existing, write_line};
-use super::{Output, UsageError, adapter, refuse_gguf};
+use super::{Output, UsageError, adapter};
 use crate::adapter::Adapter;
 use crate::data::{DataReport, Encoder, Prompt, ReadRow, Sample, read_rows};
 use crate::evaluate::{Answer, answers};
 use crate::export::save_checkpoint;
-use crate::model::Model;
+use crate::model::{Keep, Model};
 use crate::optimizer::AdamWOptions;
 use crate::rollout::Stop;
 use crate::trainer::{
@@ -296,9 +296,14 @@ fn train_and_save(
 }
 
 fn prepare(config: &mut SftConfig, method_is_given: bool, output: Output) -> anyhow::Result<Prepared> {
-    refuse_gguf(&config.model)?;
-    let train_all = config.method == Method::Full;
-    let mut model = Model::open(&config.model, train_all)?;
+    let keep = match config.method {
+        Method::Full => Keep::Trained,
+        Method::Lora | Method::Prompt | Method::Prefix => Keep::Frozen,
+        Method::Qlora => Keep::Nf4 {
+            double_quant: config.bnb_4bit_use_double_quant,
+        },
+    };
+    let mut model = Model::open_as(&config.model, keep)?;
     let encoder = Encoder::open(&config.model, model.config().vocab_size)?;
     let adapter = adapter::put_on(&mut model, &encoder, config, method_is_given)?;
     let longest = model.longest();

@@ -85,7 +85,8 @@ impl Config {
         Self::parse(&checkpoint.dir().join("config.json"), checkpoint.config())
     }
 
-    fn parse(path: &Path, json: &Map<String, Value>) -> Result<Self, ModelError> {
+    /// The same of what stands in `config.json`, or would; errors name `path`.
+    pub(super) fn parse(path: &Path, json: &Map<String, Value>) -> Result<Self, ModelError> {
         let reader = Reader { path, json };
         let found = reader
             .get("model_type")

@@ -50,6 +50,14 @@ impl Weight {
         }
     }
 
+    /// The bytes that it takes, in memory or in a mapped file.
+    pub fn bytes(&self) -> usize {
+        match self {
+            Self::Dense(_) => self.dims().iter().product::<usize>() * 4,
+            Self::Quantized(rows) => rows.bytes(),
+        }
+    }
+
     /// A frozen matrix of another name with the same numbers, in memory.
     pub(super) fn copy(&self, name: String) -> Result<Self> {
         let tensor = match self {
