@@ -260,21 +260,11 @@ fn lora_options(target_modules: TargetModules) -> LoraOptions {
     LoraOptions {
         r: 3,
         lora_alpha: 9.0,
-        lora_dropout: 0.0,
-        use_rslora: false,
-        use_dora: false,
-        lora_bias: false,
-        bias: Bias::None,
-        init_lora_weights: InitLoraWeights::True,
-        rank_pattern: Patterns::default(),
-        alpha_pattern: Patterns::default(),
         targets: Targets {
             target_modules,
-            exclude_modules: names(&[]),
-            layers_to_transform: vec![],
-            layers_pattern: vec![],
-            modules_to_save: vec![],
+            ..Targets::default()
         },
+        ..LoraOptions::default()
     }
 }
 
