@@ -5,13 +5,12 @@
 use std::path::{Path, PathBuf};
 
 use candle_core::{Device, Tensor};
-use pipit_convert::adapter::TargetModules;
 use pipit_convert::gguf::{Gguf, TensorType};
 use pipit_convert::import::import;
 use pipit_convert::model::{Plan, SourceModel};
 use pipit_convert::progress::Silent;
 use pipit_convert::quantize::{FileType, Recipe};
-use pipit_distill::adapter::{self, LoraOptions};
+use pipit_distill::adapter::{LoraOptions, lora};
 use pipit_distill::batch::Batch;
 use pipit_distill::model::{Keep, Mode, Model, ModelError};
 use pipit_distill::optimizer::{AdamW, AdamWOptions};
@@ -100,11 +99,9 @@ fn with_adapter(mut model: Model, r: usize, fill: bool) -> Model {
     let options = LoraOptions {
         r,
         lora_alpha: 2.0 * r as f64,
-        lora_dropout: 0.0,
-        use_rslora: false,
-        target_modules: TargetModules::Pattern("all-linear".into()),
+        ..LoraOptions::default()
     };
-    adapter::add(&mut model, &options, "base", &mut Random::new(0, "adapter")).unwrap();
+    lora::add(&mut model, &options, "base", &mut Random::new(0, "adapter")).unwrap();
     let mut random = Random::new(1, "B");
     for (name, var) in model.trained() {
         if fill && name.ends_with("lora_B.weight") {
@@ -238,7 +235,7 @@ fn nf4_keeps_the_model_within_its_rounding_and_in_an_eighth_of_the_room() {
     );
     // Only the linear layers of the blocks are rounded: the embedding and the norms are not.
     let batch = batch();
-    let embedded = |model: &Model| floats(&model.embed(&batch, Mode::INFERENCE).unwrap());
+    let embedded = |model: &Model| floats(&model.embed(&batch, &model.pass(&batch, &[], Mode::INFERENCE)).unwrap());
     assert_eq!(embedded(&nf4), embedded(&f32));
     let hidden = |model: &Model| floats(&model.hidden(&batch, Mode::INFERENCE).unwrap());
     let worst = difference(&hidden(&nf4), &hidden(&f32));
