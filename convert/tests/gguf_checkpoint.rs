@@ -54,8 +54,5 @@ fn a_file_that_is_no_model_is_refused() {
     let scratch = tempfile::tempdir().unwrap();
     let path = scratch.path().join("text.gguf");
     std::fs::write(&path, "no model").unwrap();
-    assert!(matches!(
-        GgufCheckpoint::open(&path),
-        Err(ImportError::Gguf(_))
-    ));
+    assert!(matches!(GgufCheckpoint::open(&path), Err(ImportError::Gguf(_))));
 }

@@ -1,7 +1,9 @@
 //! The command line of `pipit-distill`: one file a subcommand.
 
+mod adapter;
 pub mod eval;
 pub mod options;
+mod resume;
 mod run;
 pub mod sft;
 

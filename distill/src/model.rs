@@ -1,13 +1,17 @@
 //! Trainable models: their configuration, their weights, and the forward pass with gradients.
 
+mod adapted;
 mod block;
 mod cache;
 mod config;
 mod decoder;
+mod embedding;
 mod gemma3;
+mod head;
 mod linear;
 mod llama;
 mod load;
+mod lora;
 mod norm;
 pub mod ops;
 mod parameter;
@@ -16,20 +20,26 @@ pub mod quantized;
 mod qwen2;
 mod qwen3;
 mod source;
+mod virtual_tokens;
 mod weight;
 
 use std::path::PathBuf;
 
+pub use adapted::Module;
 pub use block::Pass;
 pub use cache::KvCache;
 pub use config::{Architecture, Config, Rope, Scaling};
 pub use decoder::Model;
-pub use linear::{Linear, Lora};
+pub use embedding::Embedding;
+pub use head::{HEAD, Head};
+pub use linear::Linear;
 pub use load::Keep;
+pub use lora::{EmbeddingLora, Lora, Magnitude};
 pub use parameter::{Mode, Parameter};
 use pipit_convert::checkpoint::CheckpointError;
 use pipit_convert::import::ImportError;
 use pipit_convert::quantize::QuantizeError;
+pub use virtual_tokens::{Prefix, PrefixBlock, Projection, VirtualTokens};
 pub use weight::{QuantizedRows, Weight};
 
 /// What to do about a `model_type` that cannot be trained.

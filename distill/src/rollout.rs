@@ -32,7 +32,7 @@ impl<'a> Stop<'a> {
 pub fn greedy(model: &Model, prompts: &[&[u32]], stop: &Stop<'_>) -> Result<Vec<Vec<u32>>> {
     let config = model.config();
     let mut answers = vec![Vec::new(); prompts.len()];
-    let mut cache = model.cache(prompts.len());
+    let mut cache = model.cache(prompts.len())?;
     // The prompts that are still being answered, in the order of the cache.
     let mut open: Vec<usize> = (0..prompts.len()).collect();
     let mut batch = Batch::unlabelled(prompts.iter().copied());

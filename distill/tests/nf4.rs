@@ -4,8 +4,8 @@
 
 use std::path::Path;
 
-use pipit_distill::model::quantized::{Nf4, Scales, dynamic_map};
 use pipit_distill::model::QuantizedRows as _;
+use pipit_distill::model::quantized::{Nf4, Scales, dynamic_map};
 use safetensors::SafeTensors;
 
 const CASES: [&str; 9] = [
@@ -53,7 +53,10 @@ fn dequantize(matrix: &Nf4) -> Vec<f32> {
 fn assert_close(ours: &[f32], theirs: &[f32], case: &str) {
     assert_eq!(ours.len(), theirs.len(), "{case}");
     for (i, (a, b)) in ours.iter().zip(theirs).enumerate() {
-        assert!((a - b).abs() <= 1e-7 * b.abs().max(1.0), "{case}, element {i}: {a}, bitsandbytes {b}");
+        assert!(
+            (a - b).abs() <= 1e-7 * b.abs().max(1.0),
+            "{case}, element {i}: {a}, bitsandbytes {b}"
+        );
     }
 }
 
@@ -63,12 +66,24 @@ fn codes_and_scales_are_those_of_bitsandbytes_bit_for_bit() {
     let file = SafeTensors::deserialize(&bytes).unwrap();
     for case in CASES {
         let matrix = quantize(&file, case, false);
-        assert_eq!(matrix.packed(), file.tensor(&format!("{case}.packed")).unwrap().data(), "{case}");
+        assert_eq!(
+            matrix.packed(),
+            file.tensor(&format!("{case}.packed")).unwrap().data(),
+            "{case}"
+        );
         let Scales::Plain(absmax) = matrix.scales() else {
             panic!("{case} is nested")
         };
-        assert_eq!(bits(absmax), bits(&floats(&file, &format!("{case}.absmax"))), "{case}");
-        assert_close(&dequantize(&matrix), &floats(&file, &format!("{case}.dequantized")), case);
+        assert_eq!(
+            bits(absmax),
+            bits(&floats(&file, &format!("{case}.absmax"))),
+            "{case}"
+        );
+        assert_close(
+            &dequantize(&matrix),
+            &floats(&file, &format!("{case}.dequantized")),
+            case,
+        );
     }
 }
 
@@ -79,14 +94,27 @@ fn doubly_quantised_scales_are_those_of_bitsandbytes_bit_for_bit() {
     assert_eq!(bits(dynamic_map()), bits(&floats(&file, "dynamic_map")));
     for case in CASES {
         let matrix = quantize(&file, case, true);
-        assert_eq!(matrix.packed(), file.tensor(&format!("{case}.packed")).unwrap().data(), "{case}");
-        let Scales::Double { codes, nested, offset } = matrix.scales() else {
+        assert_eq!(
+            matrix.packed(),
+            file.tensor(&format!("{case}.packed")).unwrap().data(),
+            "{case}"
+        );
+        let Scales::Double {
+            codes,
+            nested,
+            offset,
+        } = matrix.scales()
+        else {
             panic!("{case} is not nested")
         };
         let theirs = |what: &str| floats(&file, &format!("{case}.double.{what}"));
         assert_eq!(offset.to_bits(), theirs("offset")[0].to_bits(), "{case}");
         assert_eq!(bits(nested), bits(&theirs("nested_absmax")), "{case}");
-        assert_eq!(codes, file.tensor(&format!("{case}.double.absmax")).unwrap().data(), "{case}");
+        assert_eq!(
+            codes,
+            file.tensor(&format!("{case}.double.absmax")).unwrap().data(),
+            "{case}"
+        );
         assert_close(&dequantize(&matrix), &theirs("dequantized"), case);
     }
 }

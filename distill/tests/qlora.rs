@@ -5,13 +5,12 @@
 use std::path::{Path, PathBuf};
 
 use candle_core::{Device, Tensor};
-use pipit_convert::adapter::TargetModules;
 use pipit_convert::gguf::{Gguf, TensorType};
 use pipit_convert::import::import;
 use pipit_convert::model::{Plan, SourceModel};
 use pipit_convert::progress::Silent;
 use pipit_convert::quantize::{FileType, Recipe};
-use pipit_distill::adapter::{self, LoraOptions};
+use pipit_distill::adapter::{LoraOptions, lora};
 use pipit_distill::batch::Batch;
 use pipit_distill::model::{Keep, Mode, Model, ModelError};
 use pipit_distill::optimizer::{AdamW, AdamWOptions};
@@ -37,7 +36,8 @@ fn checkpoint(scratch: &Path) -> PathBuf {
         "hidden_act": "silu", "bos_token_id": 1, "eos_token_id": 2
     });
     std::fs::write(folder.join("config.json"), config.to_string()).unwrap();
-    let tokenizer = Path::new(env!("CARGO_MANIFEST_DIR")).join("../convert/tests/fixtures/architectures/tokenizer");
+    let tokenizer =
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../convert/tests/fixtures/architectures/tokenizer");
     for entry in std::fs::read_dir(tokenizer).unwrap() {
         let path = entry.unwrap().path();
         std::fs::copy(&path, folder.join(path.file_name().unwrap())).unwrap();
@@ -99,16 +99,17 @@ fn with_adapter(mut model: Model, r: usize, fill: bool) -> Model {
     let options = LoraOptions {
         r,
         lora_alpha: 2.0 * r as f64,
-        lora_dropout: 0.0,
-        use_rslora: false,
-        target_modules: TargetModules::Pattern("all-linear".into()),
+        ..LoraOptions::default()
     };
-    adapter::add(&mut model, &options, "base", &mut Random::new(0, "adapter")).unwrap();
+    lora::add(&mut model, &options, "base", &mut Random::new(0, "adapter")).unwrap();
     let mut random = Random::new(1, "B");
     for (name, var) in model.trained() {
         if fill && name.ends_with("lora_B.weight") {
-            let values: Vec<f32> = (0..var.elem_count()).map(|_| (random.uniform() - 0.5) as f32 * 0.1).collect();
-            var.set(&Tensor::from_vec(values, var.dims(), &Device::Cpu).unwrap()).unwrap();
+            let values: Vec<f32> = (0..var.elem_count())
+                .map(|_| (random.uniform() - 0.5) as f32 * 0.1)
+                .collect();
+            var.set(&Tensor::from_vec(values, var.dims(), &Device::Cpu).unwrap())
+                .unwrap();
         }
     }
     model
@@ -126,7 +127,11 @@ fn batch() -> Batch {
             (ids, labels)
         })
         .collect();
-    Batch::new(samples.iter().map(|(ids, labels)| (ids.as_slice(), labels.as_slice())))
+    Batch::new(
+        samples
+            .iter()
+            .map(|(ids, labels)| (ids.as_slice(), labels.as_slice())),
+    )
 }
 
 fn floats(tensor: &Tensor) -> Vec<f32> {
@@ -146,7 +151,9 @@ fn a_gguf_file_trains_as_the_checkpoint_of_its_numbers() {
     let scratch = tempfile::tempdir().unwrap();
     let folder = checkpoint(scratch.path());
     let batch = batch();
-    for kind in ["Q4_0", "Q4_1", "Q8_0", "Q4_K_M", "Q3_K_M", "IQ4_NL", "IQ4_XS", "BF16"] {
+    for kind in [
+        "Q4_0", "Q4_1", "Q8_0", "Q4_K_M", "Q3_K_M", "IQ4_NL", "IQ4_XS", "BF16",
+    ] {
         let (file, back) = quantized(&folder, kind, scratch.path());
         let blocks = with_adapter(Model::open(&file, false).unwrap(), 4, true);
         let numbers = with_adapter(Model::open(&back, false).unwrap(), 4, true);
@@ -158,7 +165,9 @@ fn a_gguf_file_trains_as_the_checkpoint_of_its_numbers() {
         let gradients = |model: &Model| {
             let grads = model.loss_sum(&batch, TRAIN, 16).unwrap().backward().unwrap();
             let trained = model.trained();
-            let named = trained.iter().map(|(name, var)| (name.to_string(), floats(grads.get(var).unwrap())));
+            let named = trained
+                .iter()
+                .map(|(name, var)| (name.to_string(), floats(grads.get(var).unwrap())));
             named.collect::<Vec<_>>()
         };
         for ((name, ours), (_, theirs)) in gradients(&blocks).iter().zip(gradients(&numbers)) {
@@ -182,7 +191,10 @@ fn overfit(model: &Model) -> f64 {
     let count = batch.trained_tokens() as f64;
     for _ in 0..120 {
         let grads = model.loss_sum(&batch, TRAIN, 64).unwrap().backward().unwrap();
-        let gradients: Vec<Tensor> = trained.iter().map(|(_, var)| grads.get(var).unwrap().clone()).collect();
+        let gradients: Vec<Tensor> = trained
+            .iter()
+            .map(|(_, var)| grads.get(var).unwrap().clone())
+            .collect();
         optimizer.step(&gradients, 5e-3, 1.0 / count).unwrap();
     }
     let loss = model.loss_sum(&batch, Mode::INFERENCE, 64).unwrap();
@@ -207,14 +219,29 @@ fn eight_samples_are_learnt_by_heart_over_nf4_and_over_a_gguf_file() {
 fn nf4_keeps_the_model_within_its_rounding_and_in_an_eighth_of_the_room() {
     let scratch = tempfile::tempdir().unwrap();
     let folder = checkpoint(scratch.path());
-    let (nf4, f32) = (Model::open_as(&folder, NF4).unwrap(), Model::open(&folder, false).unwrap());
+    let (nf4, f32) = (
+        Model::open_as(&folder, NF4).unwrap(),
+        Model::open(&folder, false).unwrap(),
+    );
     assert_eq!(nf4.parameters(), f32.parameters());
     let bytes: usize = nf4.linears().map(|linear| linear.weight.bytes()).sum();
-    let elements: usize = nf4.linears().map(|linear| linear.weight.dims().iter().product::<usize>()).sum();
-    assert!((bytes as f64 * 8.0 / elements as f64 - 4.127).abs() < 0.01, "{bytes} bytes for {elements}");
+    let elements: usize = nf4
+        .linears()
+        .map(|linear| linear.weight.dims().iter().product::<usize>())
+        .sum();
+    assert!(
+        (bytes as f64 * 8.0 / elements as f64 - 4.127).abs() < 0.01,
+        "{bytes} bytes for {elements}"
+    );
     // Only the linear layers of the blocks are rounded: the embedding and the norms are not.
     let batch = batch();
-    let embedded = |model: &Model| floats(&model.embed(&batch, Mode::INFERENCE).unwrap());
+    let embedded = |model: &Model| {
+        floats(
+            &model
+                .embed(&batch, &model.pass(&batch, &[], Mode::INFERENCE))
+                .unwrap(),
+        )
+    };
     assert_eq!(embedded(&nf4), embedded(&f32));
     let hidden = |model: &Model| floats(&model.hidden(&batch, Mode::INFERENCE).unwrap());
     let worst = difference(&hidden(&nf4), &hidden(&f32));

@@ -12,12 +12,12 @@ use llama_cpp_2::llama_batch::LlamaBatch;
 use llama_cpp_2::model::LlamaModel;
 use llama_cpp_2::model::params::LlamaModelParams;
 use llama_cpp_2::token::LlamaToken;
-use pipit_convert::adapter::{GgufAdapter, PeftAdapter, TargetModules};
+use pipit_convert::adapter::{GgufAdapter, PeftAdapter};
 use pipit_convert::gguf::TensorType;
 use pipit_convert::llama_cpp::backend;
 use pipit_convert::merge::ScaledAdapter;
 use pipit_convert::model::SourceModel;
-use pipit_distill::adapter::{self, LoraOptions};
+use pipit_distill::adapter::{Adapter, LoraOptions, lora};
 use pipit_distill::batch::Batch;
 use pipit_distill::data::Encoder;
 use pipit_distill::model::{Keep, Mode, Model};
@@ -72,7 +72,11 @@ fn train(model: &Model, encoder: &Encoder) {
             (ids, labels)
         })
         .collect();
-    let batch = Batch::new(samples.iter().map(|(ids, labels)| (ids.as_slice(), labels.as_slice())));
+    let batch = Batch::new(
+        samples
+            .iter()
+            .map(|(ids, labels)| (ids.as_slice(), labels.as_slice())),
+    );
     let options = AdamWOptions {
         beta1: 0.9,
         beta2: 0.99,
@@ -84,7 +88,10 @@ fn train(model: &Model, encoder: &Encoder) {
     let count = batch.trained_tokens() as f64;
     for _ in 0..6 {
         let grads = model.loss_sum(&batch, TRAIN, 64).unwrap().backward().unwrap();
-        let gradients: Vec<Tensor> = trained.iter().map(|(_, var)| grads.get(var).unwrap().clone()).collect();
+        let gradients: Vec<Tensor> = trained
+            .iter()
+            .map(|(_, var)| grads.get(var).unwrap().clone())
+            .collect();
         optimizer.step(&gradients, 2e-3, 1.0 / count).unwrap();
     }
 }
@@ -92,7 +99,13 @@ fn train(model: &Model, encoder: &Encoder) {
 /// Our logits after every token.
 fn ours(model: &Model, ids: &[u32]) -> Vec<f32> {
     let hidden = model.hidden(&Batch::unlabelled([ids]), Mode::INFERENCE).unwrap();
-    model.logits(&hidden).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+    model
+        .logits(&hidden)
+        .unwrap()
+        .flatten_all()
+        .unwrap()
+        .to_vec1()
+        .unwrap()
 }
 
 /// llama.cpp with the adapter on: the model is loaded once.
@@ -121,7 +134,9 @@ impl Server {
         let tokens: Vec<_> = ids.iter().map(|id| LlamaToken(*id as i32)).collect();
         batch.add_sequence(&tokens, 0, true).unwrap();
         context.decode(&mut batch).unwrap();
-        (0..ids.len()).flat_map(|at| context.get_logits_ith(at as i32).to_vec()).collect()
+        (0..ids.len())
+            .flat_map(|at| context.get_logits_ith(at as i32).to_vec())
+            .collect()
     }
 }
 
@@ -161,21 +176,19 @@ fn same_when_served(file: &Path) {
     let options = LoraOptions {
         r: 8,
         lora_alpha: 16.0,
-        lora_dropout: 0.0,
-        use_rslora: false,
-        target_modules: TargetModules::Pattern("all-linear".into()),
+        ..LoraOptions::default()
     };
     let base = file.to_string_lossy();
-    let config = adapter::add(&mut model, &options, &base, &mut Random::new(0, "adapter")).unwrap();
+    let config = lora::add(&mut model, &options, &base, &mut Random::new(0, "adapter")).unwrap();
     let untrained = ours(&model, &ids(&encoder, TAUGHT[0]));
     train(&model, &encoder);
 
     let scratch = tempfile::tempdir().unwrap();
-    adapter::save(&model, &config, scratch.path()).unwrap();
+    Adapter::Lora(config).save(&model, scratch.path()).unwrap();
     let stored = PeftAdapter::open(scratch.path()).unwrap();
     // The same without the rounding of activations.
     let mut exact = Model::open(file, false).unwrap();
-    adapter::apply(&mut exact, &stored).unwrap();
+    Adapter::load(&mut exact, scratch.path()).unwrap();
     let scaled = ScaledAdapter {
         adapter: stored,
         scale: 1.0,
@@ -209,7 +222,11 @@ fn same_when_served(file: &Path) {
         // llama.cpp, asked for the tokens one after the other, gives our answer, and not by a hair.
         let places = best(&theirs, vocabulary).into_iter().skip(asked - 1);
         for (token, (theirs, lead)) in answers[0].iter().zip(places) {
-            assert_eq!((*token as usize, lead > 0.05), (theirs, true), "{prompt}: leads by {lead}");
+            assert_eq!(
+                (*token as usize, lead > 0.05),
+                (theirs, true),
+                "{prompt}: leads by {lead}"
+            );
         }
         println!("{prompt}{}", encoder.decode(&answers[0]).unwrap());
     }
@@ -227,7 +244,8 @@ fn same_when_served(file: &Path) {
 
 #[test]
 fn an_adapter_over_the_blocks_of_smollm2_is_the_same_in_llama_cpp() {
-    with_deep_stack(|| same_when_served(&cached("PIPIT_TEST_MODEL", "SmolLM2-135M-Instruct.Q4_1.gguf"))).unwrap();
+    with_deep_stack(|| same_when_served(&cached("PIPIT_TEST_MODEL", "SmolLM2-135M-Instruct.Q4_1.gguf")))
+        .unwrap();
 }
 
 #[test]

@@ -5,11 +5,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::Context as _;
-use pipit_convert::adapter::PeftAdapter;
 use serde_json::{Map, json};
 
 use super::{Output, UsageError};
-use crate::adapter;
+use crate::adapter::Adapter;
 use crate::data::{Encoder, Prompt, Row, Sample, read_rows};
 use crate::evaluate::{Figures, Score, Table, answers, loss_sum};
 use crate::model::{Keep, Model};
@@ -68,9 +67,16 @@ pub fn run(args: &Args, output: Output) -> anyhow::Result<()> {
             "--batch-size must be at least 1, --max-length at least 2".into()
         ));
     }
-    for (flag, given, file) in [("--load-in-4bit", args.load_in_4bit, false), ("--as-served", args.as_served, true)] {
+    for (flag, given, file) in [
+        ("--load-in-4bit", args.load_in_4bit, false),
+        ("--as-served", args.as_served, true),
+    ] {
         if given && args.model.is_file() != file {
-            let wanted = if file { "a GGUF file" } else { "a checkpoint folder" };
+            let wanted = if file {
+                "a GGUF file"
+            } else {
+                "a checkpoint folder"
+            };
             anyhow::bail!(UsageError::Usage(format!("{flag} needs {wanted} as --model")));
         }
     }
@@ -89,10 +95,10 @@ fn evaluate(args: &Args, output: Output, stop: &AtomicBool) -> anyhow::Result<()
     };
     let mut model = Model::open_as(&args.model, keep)?;
     if let Some(dir) = &args.adapter {
-        adapter::apply(&mut model, &PeftAdapter::open(dir)?)?;
+        Adapter::load(&mut model, dir)?;
     }
     let encoder = Encoder::open(&args.model, model.config().vocab_size)?;
-    let longest = model.config().max_position_embeddings;
+    let longest = model.longest();
     let rows = read_rows(&args.data, args.max_rows)?;
     let (samples, report) = encoder.samples(&args.data, &rows, args.max_length.min(longest))?;
     if !output.quiet {

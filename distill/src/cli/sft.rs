@@ -5,22 +5,24 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::Context as _;
-use pipit_convert::output::write_file;
 use serde::Serialize;
 use serde_json::json;
 
 use super::options::{Method, SftConfig, SftOptions, read_toml};
-use super::run::{RunDir, refuse_existing};
-use super::{Output, UsageError};
-use crate::adapter::{self, LoraOptions};
+use super::resume::Resume;
+use super::run::{RunDir, refuse_existing, write_line};
+use super::{Output, UsageError, adapter};
+use crate::adapter::Adapter;
 use crate::data::{DataReport, Encoder, Prompt, ReadRow, Sample, read_rows};
 use crate::evaluate::{Answer, answers};
 use crate::export::save_checkpoint;
 use crate::model::{Keep, Model};
 use crate::optimizer::AdamWOptions;
-use crate::random::Random;
 use crate::rollout::Stop;
-use crate::trainer::{Event, Outcome, TrainError, TrainOptions, train, with_deep_stack};
+use crate::trainer::{
+    Checkpoints, Event, LearnerOptions, Outcome, Sampler, Sampling, TrainError, TrainOptions, When, train,
+    with_deep_stack,
+};
 
 const BAR: &str = "{msg} {wide_bar} {pos}/{len} {elapsed}, {eta} to go";
 /// Rows of the output layer at a time: 25 MB of logits for a vocabulary of 49,152.
@@ -34,7 +36,8 @@ const SAMPLE_TOKENS: usize = 128;
 #[command(
     after_help = "Every flag can stand in the TOML file of --config, with _ for -.\n\nExamples:\n  \
     pipit-distill sft --model smollm2 --data train.jsonl --method lora --r 16 --learning-rate 1e-3 -o run\n  \
-    pipit-distill sft --config sft.toml --max-steps 100 -o run-short"
+    pipit-distill sft --config sft.toml --max-steps 100 -o run-short\n  \
+    pipit-distill sft --resume-from-checkpoint run"
 )]
 pub struct Args {
     /// A TOML file with options; flags win over it
@@ -62,7 +65,7 @@ struct Summary<'a> {
 /// Everything that is read before training starts.
 struct Prepared {
     model: Model,
-    adapter: Option<pipit_convert::adapter::AdapterConfig>,
+    adapter: Option<Adapter>,
     encoder: Encoder,
     samples: Vec<Sample>,
     report: DataReport,
@@ -79,53 +82,130 @@ pub fn run(args: Args, output: Output) -> anyhow::Result<()> {
         .map(read_toml)
         .transpose()?
         .unwrap_or_default();
-    let mut config = args.options.resolve(file);
+    let given = args.options.or(file);
+    let resume = given
+        .resume_from_checkpoint
+        .as_deref()
+        .map(Resume::find)
+        .transpose()?;
+    let method_is_given = given.method.is_some();
+    let mut config = match &resume {
+        Some(resume) => {
+            let (config, changes) = resume.settings(given)?;
+            if !output.quiet {
+                for change in changes {
+                    eprintln!("warning: {change}: the result is not that of a run without a stop");
+                }
+            }
+            config
+        }
+        None => {
+            given.check()?;
+            given.resolve(SftOptions::default())
+        }
+    };
     config.check()?;
     let stop = Arc::new(AtomicBool::new(false));
     let on_signal = stop.clone();
     ctrlc::set_handler(move || on_signal.store(true, Ordering::Relaxed))
         .context("cannot watch for Ctrl-C")?;
-    with_deep_stack(|| sft(&mut config, output, &stop)).context("cannot start a thread")?
+    with_deep_stack(|| sft(&mut config, method_is_given, resume, output, &stop))
+        .context("cannot start a thread")?
 }
 
-fn sft(config: &mut SftConfig, output: Output, stop: &AtomicBool) -> anyhow::Result<()> {
-    refuse_existing(&config.output_dir)?;
-    let prepared = prepare(config, output)?;
-    let config = &*config;
-    let mut run = RunDir::create(&config.output_dir, config)?;
-    let Prepared { model, encoder, .. } = &prepared;
-    let options = train_options(config, prepared.samples.len());
-    let trained: usize = model.trained().iter().map(|(_, var)| var.elem_count()).sum();
-    let parameters = model.parameters();
-    let free = free_bytes(run.path());
-    let needed = 4 * trained as u64 + (8 << 20);
-    if free.is_some_and(|free| free < needed) {
-        anyhow::bail!(
-            "{} has too little space: the result needs {} MiB\nhint: free some, or name another place with -o",
-            config.output_dir.display(),
-            needed >> 20
-        );
+fn sft(
+    config: &mut SftConfig,
+    method_is_given: bool,
+    resume: Option<Resume>,
+    output: Output,
+    stop: &AtomicBool,
+) -> anyhow::Result<()> {
+    if resume.is_none() {
+        refuse_existing(&config.output_dir)?;
     }
+    let prepared = prepare(config, method_is_given, output)?;
+    let config = &*config;
+    let options = train_options(config, &prepared.samples);
+    let trained: usize = prepared
+        .model
+        .trained()
+        .iter()
+        .map(|(_, var)| var.elem_count())
+        .sum();
+    check_space(config, &options, trained)?;
     if !output.quiet {
         eprintln!(
-            "{} rows, {} tokens ({} trained on); {trained} of {parameters} parameters are trained; {} steps",
-            prepared.report.used, prepared.report.tokens, prepared.report.trained_tokens, options.steps
+            "{} rows, {} tokens ({} trained on); {trained} of {} parameters are trained; {} steps",
+            prepared.report.used,
+            prepared.report.tokens,
+            prepared.report.trained_tokens,
+            prepared.model.parameters(),
+            options.steps
         );
     }
+    let mut run = match &resume {
+        Some(resume) => {
+            if !output.quiet {
+                eprintln!(
+                    "going on after step {} of {}",
+                    resume.step,
+                    resume.checkpoint.display()
+                );
+            }
+            RunDir::resume(&config.output_dir, config, resume.step)?
+        }
+        None => RunDir::create(&config.output_dir, config)?,
+    };
+    let done = train_and_save(config, &prepared, &options, resume, output, stop, &mut run);
+    if done.is_err() {
+        run.leave()
+            .with_context(|| format!("cannot tidy {} up", config.output_dir.display()))?;
+    }
+    done
+}
 
+/// The run itself, from the first step to `summary.json`.
+fn train_and_save(
+    config: &SftConfig,
+    prepared: &Prepared,
+    options: &TrainOptions,
+    resume: Option<Resume>,
+    output: Output,
+    stop: &AtomicBool,
+    run: &mut RunDir,
+) -> anyhow::Result<()> {
+    let Prepared { model, encoder, .. } = prepared;
+    let export = |dir: &Path| match &prepared.adapter {
+        Some(adapter) => adapter.save(model, dir).map_err(Into::into),
+        None => save_checkpoint(model, &config.model, dir).map_err(Into::into),
+    };
+    let checkpoints = Checkpoints {
+        dir: run.path().to_path_buf(),
+        export: &export,
+        weights_in_export: prepared.adapter.is_none(),
+        save_total_limit: config.save_total_limit,
+        load_best_model_at_end: config.load_best_model_at_end,
+        resume_from: resume.map(|resume| resume.checkpoint),
+    };
     let bar = output.progress(options.steps as u64, BAR);
     let plain = bar.is_hidden() && !output.quiet;
-    let mut written = Ok(());
+    let say = |text: String| {
+        if !output.quiet {
+            bar.suspend(|| eprintln!("{text}"));
+        }
+    };
     let result = train(
         model,
         &prepared.samples,
         &prepared.eval_samples,
-        &options,
+        options,
+        Some(&checkpoints),
         stop,
         |event| match event {
             Event::Step(step, loss, speed) => {
                 bar.set_position(step as u64);
                 bar.set_message(format!("loss {loss:.3}, {speed:.0} tokens/s"));
+                Ok(())
             }
             Event::Metrics(metrics) => {
                 if plain {
@@ -140,54 +220,61 @@ fn sft(config: &mut SftConfig, output: Output, stop: &AtomicBool) -> anyhow::Res
                         metrics.seconds / metrics.step as f64 * (options.steps - metrics.step) as f64
                     );
                 }
-                record(&mut written, run.metrics(&metrics));
+                run.metrics(&metrics)
             }
             Event::Evaluation(step, loss) => {
-                bar.suspend(|| {
-                    if !output.quiet {
-                        eprintln!("step {step}  eval loss {loss:.4}");
-                    }
-                });
-                record(
-                    &mut written,
-                    run.metrics(&json!({"step": step, "eval_loss": loss})),
-                );
+                say(format!("step {step}  eval loss {loss:.4}"));
+                run.metrics(&json!({"step": step, "eval_loss": loss}))
+            }
+            Event::Saved(step) => {
+                tracing::info!("step {step}: a checkpoint is saved");
+                Ok(())
+            }
+            Event::Stopped(step) => {
+                say(format!(
+                    "step {step}: the evaluation does not become better, so the run ends"
+                ));
+                Ok(())
             }
         },
     );
     bar.finish_and_clear();
     let cannot = || format!("cannot write {}", config.output_dir.display());
-    written.with_context(cannot)?;
     let outcome = match result {
         Ok(outcome) => outcome,
-        Err(error) => return Err(save_bad_batch(config, error)),
+        Err(TrainError::Tell(e)) => return Err(e).with_context(cannot),
+        Err(error) => return Err(run.explain(&config.data, error)),
     };
 
-    let longest = model.config().max_position_embeddings;
+    let longest = model.longest();
     let samples: Vec<Answer> = answers(
         model,
         &prepared.prompts,
         &Stop::within(encoder.eos(), SAMPLE_TOKENS, longest, &prepared.prompts),
         |ids| encoder.decode(ids),
     )?;
-    run.samples(&samples).with_context(cannot)?;
-    match &prepared.adapter {
-        Some(adapter) => adapter::save(model, adapter, run.path())?,
-        None => save_checkpoint(model, &config.model, run.path()).with_context(cannot)?,
-    }
+    run.publish(|dir| {
+        let mut file = std::io::BufWriter::new(std::fs::File::create(dir.join("samples.jsonl"))?);
+        for answer in &samples {
+            write_line(&mut file, answer)?;
+        }
+        std::io::Write::flush(&mut file)?;
+        export(dir).map_err(anyhow::Error::from_boxed)
+    })
+    .with_context(cannot)?;
+    let trained = model.trained().iter().map(|(_, var)| var.elem_count()).sum();
     let summary = Summary {
         model: &config.model,
         method: config.method,
         output_dir: &config.output_dir,
         trained_parameters: trained,
-        parameters,
+        parameters: model.parameters(),
         outcome: &outcome,
         data: &prepared.report,
         eval_data: prepared.eval_report.as_ref(),
         version: env!("CARGO_PKG_VERSION"),
     };
-    run.summary(&summary).with_context(cannot)?;
-    run.commit().with_context(cannot)?;
+    run.finish(&summary).with_context(cannot)?;
     if output.json {
         println!("{}", serde_json::to_string(&summary)?);
     } else {
@@ -208,53 +295,39 @@ fn sft(config: &mut SftConfig, output: Output, stop: &AtomicBool) -> anyhow::Res
     Ok(())
 }
 
-/// Keeps the first error: the loop cannot be left from its report.
-fn record(kept: &mut std::io::Result<()>, new: std::io::Result<()>) {
-    if kept.is_ok() {
-        *kept = new;
-    }
-}
-
-fn prepare(config: &mut SftConfig, output: Output) -> anyhow::Result<Prepared> {
+fn prepare(config: &mut SftConfig, method_is_given: bool, output: Output) -> anyhow::Result<Prepared> {
     let keep = match config.method {
         Method::Full => Keep::Trained,
-        Method::Lora | Method::Qlora if config.as_served => Keep::Served,
-        Method::Lora => Keep::Frozen,
+        _ if config.as_served => Keep::Served,
+        Method::Lora | Method::Prompt | Method::Prefix => Keep::Frozen,
         Method::Qlora => Keep::Nf4 {
             double_quant: config.bnb_4bit_use_double_quant,
         },
     };
     let mut model = Model::open_as(&config.model, keep)?;
-    let adapter = match config.method {
-        Method::Full => None,
-        Method::Lora | Method::Qlora => {
-            let options = LoraOptions {
-                r: config.r,
-                lora_alpha: config.lora_alpha,
-                lora_dropout: config.lora_dropout,
-                use_rslora: config.use_rslora,
-                target_modules: config.target_modules.clone(),
-            };
-            let base = config.model.to_string_lossy();
-            Some(adapter::add(
-                &mut model,
-                &options,
-                &base,
-                &mut Random::new(config.seed, "adapter"),
-            )?)
-        }
-    };
-    let longest = model.config().max_position_embeddings;
+    let encoder = Encoder::open(&config.model, model.config().vocab_size)?;
+    let adapter = adapter::put_on(&mut model, &encoder, config, method_is_given)?;
+    let longest = model.longest();
     if config.max_length == 0 {
         config.max_length = longest.min(1024);
     }
     if config.max_length > longest {
+        let knows = model.config().max_position_embeddings;
         anyhow::bail!(UsageError::Usage(format!(
-            "--max-length is {}, but the model was made for {longest} tokens (max_position_embeddings)",
-            config.max_length
+            "--max-length is {}, but the model was made for {knows} tokens (max_position_embeddings){}",
+            config.max_length,
+            if longest < knows {
+                ", virtual ones among them"
+            } else {
+                ""
+            }
         )));
     }
-    let encoder = Encoder::open(&config.model, model.config().vocab_size)?;
+    if longest < 2 {
+        anyhow::bail!(UsageError::Usage(
+            "--num-virtual-tokens leaves no room for a sequence".into()
+        ));
+    }
     let (_, samples, report) = read(&encoder, &config.data, None, config.max_length, output)?;
     let (mut eval_samples, mut eval_report, mut prompts) = (Vec::new(), None, Vec::new());
     if !config.eval_data.as_os_str().is_empty() {
@@ -305,51 +378,69 @@ fn read(
     Ok((rows, samples, report))
 }
 
-fn train_options(config: &SftConfig, samples: usize) -> TrainOptions {
-    let mut options = TrainOptions {
-        batch_size: config.per_device_train_batch_size,
+fn train_options(config: &SftConfig, samples: &[Sample]) -> TrainOptions {
+    let batch_size = config.per_device_train_batch_size;
+    let sampling = Sampling {
+        batch_size,
+        packed_tokens: config.packing.then_some(batch_size * config.max_length),
         gradient_accumulation_steps: config.gradient_accumulation_steps,
+        seed: config.seed,
+    };
+    let sampler = Sampler::new(samples.iter().map(|sample| sample.ids.len()).collect(), sampling);
+    let (steps, warmup_steps) = config.steps(|epochs| sampler.steps(epochs));
+    TrainOptions {
+        sampling,
+        learner: LearnerOptions {
+            adamw: AdamWOptions {
+                beta1: config.adam_beta1,
+                beta2: config.adam_beta2,
+                epsilon: config.adam_epsilon,
+                weight_decay: config.weight_decay,
+            },
+            max_grad_norm: config.max_grad_norm,
+            gradient_checkpointing: config.gradient_checkpointing,
+        },
         learning_rate: config.learning_rate,
         schedule: config.lr_scheduler_type,
-        warmup_steps: 0,
-        adamw: AdamWOptions {
-            beta1: config.adam_beta1,
-            beta2: config.adam_beta2,
-            epsilon: config.adam_epsilon,
-            weight_decay: config.weight_decay,
-        },
-        max_grad_norm: config.max_grad_norm,
-        steps: 0,
-        seed: config.seed,
+        warmup_steps,
+        steps,
         logging_steps: config.logging_steps,
-        eval_steps: config.eval_steps,
+        eval: config.eval_strategy.every(config.eval_steps),
+        save: config.save_strategy.every(config.save_steps),
+        early_stopping_patience: config.early_stopping_patience,
+        early_stopping_threshold: config.early_stopping_threshold,
         loss_chunk: LOSS_CHUNK,
-    };
-    (options.steps, options.warmup_steps) = config.steps(options.steps_per_epoch(samples));
-    options
+    }
 }
 
-/// The bytes that a user may still write where the run is made; none where the system does not say.
+/// Refuses a run whose result and checkpoints have no room, as far as that is known before.
+fn check_space(config: &SftConfig, options: &TrainOptions, trained: usize) -> anyhow::Result<()> {
+    let saved = match options.save {
+        When::Never => 0,
+        When::Steps(steps) => options.steps / steps,
+        When::Epoch => config.num_train_epochs as usize,
+    };
+    // One more than are kept: the oldest goes when the newest is whole.
+    let kept = match config.save_total_limit {
+        0 => saved,
+        limit => saved.min(limit + 1),
+    } + usize::from(config.load_best_model_at_end);
+    // A checkpoint is what the run would end with, and three numbers of four bytes a weight.
+    let needed = 4 * trained as u64 * (1 + 4 * kept as u64) + (8 << 20);
+    let place = config.output_dir.ancestors().find(|dir| dir.is_dir());
+    let free = free_bytes(place.unwrap_or(Path::new(".")));
+    if free.is_some_and(|free| free < needed) {
+        anyhow::bail!(
+            "{} has too little space: the result and {kept} checkpoints need {} MiB\nhint: free some, name another place with -o, or lower --save-total-limit",
+            config.output_dir.display(),
+            needed >> 20
+        );
+    }
+    Ok(())
+}
+
+/// The bytes that a user may still write there; none where the system does not say.
 fn free_bytes(path: &Path) -> Option<u64> {
     let stat = rustix::fs::statvfs(path).ok()?;
     stat.f_bavail.checked_mul(stat.f_frsize)
-}
-
-/// Writes the rows of a batch that broke the numbers beside the run, to look at.
-fn save_bad_batch(config: &SftConfig, error: TrainError) -> anyhow::Error {
-    let TrainError::NotFinite { step, lines, .. } = &error else {
-        return error.into();
-    };
-    let mut name = config.output_dir.as_os_str().to_owned();
-    name.push(".bad-batch.json");
-    let path = PathBuf::from(name);
-    let report = json!({"data": config.data, "step": step, "lines": lines});
-    let note = match write_file(&path, report.to_string().as_bytes()) {
-        Ok(()) => format!("the lines of its batch are in {}", path.display()),
-        Err(e) => format!(
-            "its batch was lines {lines:?} ({} cannot be written: {e})",
-            path.display()
-        ),
-    };
-    anyhow::anyhow!("{error}\n{note}")
 }

@@ -139,6 +139,11 @@ impl Encoder {
         }
     }
 
+    /// The tokens of a text, with the special ones that the tokenizer adds.
+    pub fn tokens(&self, text: &str) -> Result<Vec<u32>, DataError> {
+        self.ids(text, true)
+    }
+
     /// The tokens of a text, with those that the tokenizer puts around it where they are asked for.
     pub fn ids(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, DataError> {
         let encoding = self

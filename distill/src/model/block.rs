@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use candle_core::{Result, Tensor};
 
+use super::norm::Norm;
 use super::ops::{Heads, Rotation};
 use super::{Linear, Mode, Parameter};
 
@@ -23,6 +24,10 @@ pub struct Pass {
     pub(crate) rotations: Vec<Rotation>,
     /// The rows at which the sequences begin, and last the number of rows.
     pub(crate) starts: Arc<[usize]>,
+    /// The rows of virtual tokens at the beginning of every sequence.
+    pub(crate) virtual_rows: usize,
+    /// The rows at which the sequences would begin without virtual tokens: those of the batch.
+    pub(crate) token_starts: Arc<[usize]>,
 }
 
 /// A block: attention and a feed-forward layer with their norms.
@@ -35,4 +40,6 @@ pub(crate) trait Block: Debug + Send + Sync {
     fn linears_mut(&mut self) -> Vec<&mut Linear>;
     /// All weights that are numbers in memory, without adapters.
     fn parameters(&self) -> Vec<&Parameter>;
+    /// The norms, to change: all that is not in the linear layers.
+    fn norms_mut(&mut self) -> Vec<&mut Norm>;
 }

@@ -27,7 +27,19 @@ impl KvCache {
         }
     }
 
-    /// How many tokens each sequence holds.
+    /// Puts the same keys and values, `[n, kv_width]`, before those of every sequence of a layer, which must be empty.
+    pub(crate) fn put_before(&mut self, layer: usize, k: &Tensor, v: &Tensor) -> Result<()> {
+        let (count, k, v) = (
+            k.dim(0)?,
+            k.flatten_all()?.to_vec1()?,
+            v.flatten_all()?.to_vec1()?,
+        );
+        self.layers[layer].fill(Rows { k, v });
+        self.lengths.fill(count);
+        Ok(())
+    }
+
+    /// How many rows each sequence holds: its tokens, and virtual ones before them.
     pub fn lengths(&self) -> &[usize] {
         &self.lengths
     }

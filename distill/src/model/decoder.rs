@@ -9,25 +9,25 @@ use super::gemma3::Gemma3Block;
 use super::llama::LlamaBlock;
 use super::load::{Keep, Loader};
 use super::norm::Norm;
-use super::ops::{
-    RopeTable, Rotation, Targets, attention, cross_entropy, embedding, frozen_cross_entropy,
-    frozen_embedding, frozen_linear,
-};
+use super::ops::{RopeTable, Rotation, Targets, attention, put_before, take_before, widened};
 use super::parts::QkvBias;
 use super::qwen3::Qwen3Block;
 use super::source::Source;
-use super::{Architecture, Config, KvCache, Linear, Mode, ModelError, Parameter, Weight};
-use crate::batch::Batch;
+use super::{
+    Architecture, Config, Embedding, Head, KvCache, Linear, Mode, ModelError, Parameter, VirtualTokens,
+    Weight,
+};
+use crate::batch::{Batch, positions};
 
 /// A model whose weights are frozen or trained, with or without an adapter. f32, on the CPU.
 #[derive(Debug)]
 pub struct Model {
     config: Config,
-    embed_tokens: Weight,
-    layers: Vec<Box<dyn Block>>,
-    norm: Norm,
-    /// The output layer, unless it is the embedding.
-    lm_head: Option<Weight>,
+    pub(super) embed_tokens: Embedding,
+    pub(super) layers: Vec<Box<dyn Block>>,
+    pub(super) norm: Norm,
+    pub(super) head: Head,
+    pub(super) virtual_tokens: Option<VirtualTokens>,
     ropes: Vec<RopeTable>,
 }
 
@@ -69,10 +69,17 @@ impl Model {
         Ok(Self {
             ropes: config.rope_tables(),
             config,
-            embed_tokens,
+            embed_tokens: Embedding {
+                weight: embed_tokens,
+                lora: None,
+            },
             layers,
             norm,
-            lm_head,
+            head: Head {
+                weight: lm_head,
+                lora: None,
+            },
+            virtual_tokens: None,
         })
     }
 
@@ -100,10 +107,9 @@ impl Model {
     /// norm, output layer.
     pub fn weights(&self) -> impl Iterator<Item = &Parameter> {
         let layers = self.layers.iter().flat_map(|layer| layer.parameters());
-        let head = self.lm_head.as_ref().and_then(Weight::dense);
-        self.embed_tokens
-            .dense()
-            .into_iter()
+        let head = self.head.weight.as_ref().and_then(Weight::dense);
+        let embed_tokens = self.embed_tokens.weight.dense().into_iter();
+        embed_tokens
             .chain(layers)
             .chain(Some(&self.norm.weight))
             .chain(head)
@@ -115,11 +121,10 @@ impl Model {
             .weights()
             .map(|weight| weight.get(Mode::INFERENCE).elem_count())
             .sum();
-        let matrices = self
-            .linears()
-            .map(|linear| &linear.weight)
-            .chain([&self.embed_tokens])
-            .chain(&self.lm_head);
+        let matrices = self.linears().map(|linear| &linear.weight);
+        let matrices = matrices
+            .chain([&self.embed_tokens.weight])
+            .chain(&self.head.weight);
         let quantized = matrices.filter(|weight| weight.dense().is_none());
         dense
             + quantized
@@ -130,19 +135,35 @@ impl Model {
     /// Every trained tensor with its name: weights by their name in the checkpoint, adapters by PEFT's
     /// (`model.layers.0.self_attn.q_proj.lora_A.weight`).
     pub fn trained(&self) -> Vec<(&str, &Var)> {
-        let adapters = self
-            .linears()
-            .filter_map(|linear| linear.lora.as_ref())
-            .flat_map(|lora| [&lora.a, &lora.b]);
+        let virtual_tokens = self.virtual_tokens.iter().flat_map(VirtualTokens::parameters);
         self.weights()
-            .chain(adapters)
+            .chain(self.adapter_parameters())
+            .chain(virtual_tokens)
             .filter_map(|p| Some((p.name.as_str(), p.var()?)))
             .collect()
     }
 
-    /// What all blocks share in a pass over a batch; `before` tokens of each sequence stand in a cache already.
+    /// The tokens that a sequence can have: the positions that the model was made for, but for virtual tokens.
+    pub fn longest(&self) -> usize {
+        let virtual_tokens = self.virtual_tokens.as_ref().map_or(0, VirtualTokens::count);
+        self.config.max_position_embeddings.saturating_sub(virtual_tokens)
+    }
+
+    /// What all blocks share in a pass over a batch; `before` rows of each sequence stand in a cache already, or none
+    /// where it is empty.
     pub fn pass(&self, batch: &Batch, before: &[usize], mode: Mode) -> Pass {
-        let positions = batch.positions(before);
+        let token_starts = batch.starts();
+        // A soft prompt stands before the first tokens of a sequence only; a prefix is not among the rows, but it
+        // takes the first positions.
+        let begins = before.iter().all(|rows| *rows == 0);
+        let virtual_tokens = self.virtual_tokens.as_ref().filter(|_| begins);
+        let virtual_rows = virtual_tokens.map_or(0, VirtualTokens::rows);
+        let offset = virtual_tokens.map_or(0, |tokens| tokens.count() - tokens.rows());
+        let starts = widened(&token_starts, virtual_rows);
+        let positions = match begins {
+            true => positions(&starts, &vec![offset; starts.len()]),
+            false => positions(&starts, before),
+        };
         Pass {
             mode,
             rotations: self
@@ -150,86 +171,98 @@ impl Model {
                 .iter()
                 .map(|table| Rotation::new(table, &positions))
                 .collect(),
-            starts: batch.starts(),
+            starts: starts.into(),
+            virtual_rows,
+            token_starts,
         }
     }
 
-    /// The tokens' embeddings, `[rows, hidden_size]`: what the first block gets.
-    pub fn embed(&self, batch: &Batch, mode: Mode) -> Result<Tensor> {
-        let x = match &self.embed_tokens {
-            Weight::Dense(table) if mode.gradient && table.var().is_some() => {
-                embedding(table.get(mode), batch.ids())
-            }
-            table => frozen_embedding(&table.frozen(), batch.ids()),
-        }?;
+    /// Embeddings of tokens as the first block gets them.
+    pub(super) fn scaled(&self, embeddings: Tensor) -> Result<Tensor> {
         match self.config.embedding_scale() {
-            Some(scale) => x * scale,
-            None => Ok(x),
+            Some(scale) => embeddings * scale,
+            None => Ok(embeddings),
+        }
+    }
+
+    /// The embeddings, `[rows, hidden_size]`: what the first block gets. Those of a soft prompt stand before the tokens'
+    /// of every sequence.
+    pub fn embed(&self, batch: &Batch, pass: &Pass) -> Result<Tensor> {
+        let tokens = self.scaled(self.embed_tokens.forward(batch, pass.mode)?)?;
+        match &self.virtual_tokens {
+            Some(VirtualTokens::Prompt(prompt)) if pass.virtual_rows > 0 => {
+                put_before(prompt.get(pass.mode), &tokens, &pass.token_starts)
+            }
+            _ => Ok(tokens),
         }
     }
 
     /// Block `i` on its input, `[rows, hidden_size]` → the same shape.
     pub fn block(&self, i: usize, x: &Tensor, pass: &Pass) -> Result<Tensor> {
         self.layers[i].forward(x, pass, &mut |q, k, v, heads| {
-            attention(q, k, v, heads, pass.starts.clone())
+            let starts = pass.starts.clone();
+            let Some(prefix) = self.virtual_tokens.as_ref().and_then(VirtualTokens::prefix) else {
+                return attention(q, k, v, heads, starts.clone(), starts);
+            };
+            let [k, v] = prefix.put_before(i, [k, v], &starts, pass.mode)?;
+            let key_starts = widened(&starts, prefix.num_virtual_tokens).into();
+            attention(q, &k, &v, heads, starts, key_starts)
         })
     }
 
-    /// The last norm, `[rows, hidden_size]` → the same shape.
-    pub fn last_norm(&self, x: &Tensor, mode: Mode) -> Result<Tensor> {
-        self.norm.forward(x, mode)
+    /// The last norm, of the batch's tokens only, `[rows, hidden_size]` → `[tokens, hidden_size]`.
+    pub fn last_norm(&self, x: &Tensor, pass: &Pass) -> Result<Tensor> {
+        let x = take_before(x, pass.virtual_rows, &pass.token_starts)?;
+        self.norm.forward(&x, pass.mode)
     }
 
-    /// The hidden states after the last norm, `[rows, hidden_size]`.
+    /// The hidden states after the last norm, `[tokens, hidden_size]`.
     pub fn hidden(&self, batch: &Batch, mode: Mode) -> Result<Tensor> {
         let pass = self.pass(batch, &[], mode);
-        let mut x = self.embed(batch, mode)?;
+        let mut x = self.embed(batch, &pass)?;
         for i in 0..self.blocks() {
             x = self.block(i, &x, &pass)?;
         }
-        self.last_norm(&x, mode)
+        self.last_norm(&x, &pass)
     }
 
-    /// The same for tokens that follow those in the cache, which takes them up. Without gradients.
+    /// The same for tokens that follow those in the cache, which takes them up. Without gradients. The sequences of a
+    /// cache begin together.
     pub fn hidden_cached(&self, batch: &Batch, cache: &mut KvCache) -> Result<Tensor> {
         let pass = self.pass(batch, cache.lengths(), Mode::INFERENCE);
-        let mut x = self.embed(batch, pass.mode)?;
+        let mut x = self.embed(batch, &pass)?;
         for (i, layer) in self.layers.iter().enumerate() {
             x = layer.forward(&x, &pass, &mut |q, k, v, heads| {
                 cache.attend(i, q, k, v, heads, &pass.starts)
             })?;
         }
         cache.advance(&pass.starts);
-        self.last_norm(&x, pass.mode)
+        self.last_norm(&x, &pass)
     }
 
-    /// An empty cache for so many sequences.
-    pub fn cache(&self, sequences: usize) -> KvCache {
-        KvCache::new(self.blocks(), sequences)
-    }
-
-    fn head(&self) -> &Weight {
-        self.lm_head.as_ref().unwrap_or(&self.embed_tokens)
+    /// A cache for so many sequences, empty but for a prefix.
+    pub fn cache(&self, sequences: usize) -> Result<KvCache> {
+        let mut cache = KvCache::new(self.blocks(), sequences);
+        if let Some(prefix) = self.virtual_tokens.as_ref().and_then(VirtualTokens::prefix) {
+            for i in 0..self.blocks() {
+                let [k, v] = prefix.keys_and_values(i, Mode::INFERENCE)?;
+                cache.put_before(i, &k, &v)?;
+            }
+        }
+        Ok(cache)
     }
 
     /// The logits of hidden states, `[rows, hidden_size]` → `[rows, vocab_size]`, without a gradient.
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
-        frozen_linear(&hidden.detach(), &self.head().frozen())
+        self.head.logits(hidden, &self.embed_tokens.weight)
     }
 
     /// The sum of −log p over the batch's labels (a scalar), from the hidden states after the last norm.
     /// The output layer is computed `chunk` rows at a time.
     pub fn loss_of_hidden(&self, hidden: &Tensor, batch: &Batch, mode: Mode, chunk: usize) -> Result<Tensor> {
-        let targets = Targets {
-            rows: batch.targets(),
-            chunk,
-        };
-        match self.head() {
-            Weight::Dense(head) if mode.gradient && head.var().is_some() => {
-                cross_entropy(hidden, head.get(mode), targets)
-            }
-            head => frozen_cross_entropy(hidden, &head.frozen(), targets),
-        }
+        let rows = batch.targets();
+        self.head
+            .loss(hidden, &self.embed_tokens.weight, Targets { rows, chunk }, mode)
     }
 
     /// The sum of −log p over the batch's labels (a scalar; divide by [`Batch::trained_tokens`]).

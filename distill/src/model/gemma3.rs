@@ -127,4 +127,15 @@ impl Block for Gemma3Block {
             .chain(self.mlp.parameters())
             .collect()
     }
+
+    fn norms_mut(&mut self) -> Vec<&mut Norm> {
+        vec![
+            &mut self.input_layernorm,
+            &mut self.q_norm,
+            &mut self.k_norm,
+            &mut self.post_attention_layernorm,
+            &mut self.pre_feedforward_layernorm,
+            &mut self.post_feedforward_layernorm,
+        ]
+    }
 }

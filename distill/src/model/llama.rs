@@ -85,4 +85,8 @@ impl Block for LlamaBlock {
         let mlp = std::iter::once(&self.post_attention_layernorm.weight).chain(self.mlp.parameters());
         attention.chain(mlp).collect()
     }
+
+    fn norms_mut(&mut self) -> Vec<&mut Norm> {
+        vec![&mut self.input_layernorm, &mut self.post_attention_layernorm]
+    }
 }

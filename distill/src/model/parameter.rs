@@ -48,6 +48,24 @@ impl Parameter {
         })
     }
 
+    /// Makes it a trained one.
+    pub(super) fn train(&mut self) -> Result<()> {
+        if self.var.is_none() {
+            *self = Self::trained(std::mem::take(&mut self.name), &self.tensor)?;
+        }
+        Ok(())
+    }
+
+    /// Gives it other values of the same shape; it stays trained or frozen.
+    pub(super) fn replace(&mut self, tensor: &Tensor) -> Result<()> {
+        let name = std::mem::take(&mut self.name);
+        *self = match self.var {
+            Some(_) => Self::trained(name, tensor)?,
+            None => Self::frozen(name, tensor),
+        };
+        Ok(())
+    }
+
     /// The variable, where it is trained.
     pub fn var(&self) -> Option<&Var> {
         self.var.as_ref()

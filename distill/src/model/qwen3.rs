@@ -98,4 +98,13 @@ impl Block for Qwen3Block {
             .chain(self.mlp.parameters())
             .collect()
     }
+
+    fn norms_mut(&mut self) -> Vec<&mut Norm> {
+        vec![
+            &mut self.input_layernorm,
+            &mut self.q_norm,
+            &mut self.k_norm,
+            &mut self.post_attention_layernorm,
+        ]
+    }
 }

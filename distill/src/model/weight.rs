@@ -4,7 +4,7 @@ use std::fmt::Debug;
 use std::ops::Range;
 use std::sync::Arc;
 
-use candle_core::Var;
+use candle_core::{Device, Result, Tensor, Var};
 
 use super::ops::Frozen;
 use super::quantized::Rounding;
@@ -61,6 +61,42 @@ impl Weight {
         match self {
             Self::Dense(_) => self.dims().iter().product::<usize>() * 4,
             Self::Quantized(rows) => rows.bytes(),
+        }
+    }
+
+    /// A frozen matrix of another name with the same numbers, in memory.
+    pub(super) fn copy(&self, name: String) -> Result<Self> {
+        let tensor = match self {
+            Self::Dense(parameter) => parameter.get(Mode::INFERENCE).clone(),
+            Self::Quantized(matrix) => {
+                let [rows, columns] = matrix.dims();
+                let mut numbers = vec![0.0; rows * columns];
+                matrix.dequantize(0..rows, &mut numbers);
+                Tensor::from_vec(numbers, (rows, columns), &Device::Cpu)?
+            }
+        };
+        Ok(Self::Dense(Parameter::frozen(name, &tensor)))
+    }
+
+    /// Makes it a trained one; quantised blocks become numbers in memory.
+    pub(super) fn train(&mut self) -> Result<()> {
+        if matches!(self, Self::Quantized(_)) {
+            *self = self.copy(self.name().to_owned())?;
+        }
+        match self {
+            Self::Dense(parameter) => parameter.train(),
+            Self::Quantized(_) => Ok(()),
+        }
+    }
+
+    /// Gives it other values of the same shape.
+    pub(super) fn replace(&mut self, tensor: &Tensor) -> Result<()> {
+        match self {
+            Self::Dense(parameter) => parameter.replace(tensor),
+            Self::Quantized(rows) => {
+                *self = Self::Dense(Parameter::frozen(rows.name().to_owned(), tensor));
+                Ok(())
+            }
         }
     }
 

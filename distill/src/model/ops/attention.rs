@@ -58,17 +58,35 @@ impl Heads {
 
 struct Attention {
     heads: Heads,
-    /// Where the sequences begin, and the number of rows at the end: `[0, …, rows]`.
+    /// Where the sequences' queries begin, and the number of rows at the end: `[0, …, rows]`.
     starts: Arc<[usize]>,
+    /// The same of their keys and values.
+    key_starts: Arc<[usize]>,
 }
 
-/// q `[rows, heads · head_dim]`, k and v `[rows, kv_heads · head_dim]` → `[rows, heads · head_dim]`.
-/// `starts` are the rows at which the sequences begin, and last the number of rows.
-pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, heads: Heads, starts: Arc<[usize]>) -> Result<Tensor> {
+/// q `[rows, heads · head_dim]`, k and v `[key rows, kv_heads · head_dim]` → `[rows, heads · head_dim]`.
+/// `starts` are the rows at which the sequences' queries begin, and last the number of rows; `key_starts` are those
+/// of their keys and values. A sequence may have more keys than queries: they precede the first query.
+pub fn attention(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    heads: Heads,
+    starts: Arc<[usize]>,
+    key_starts: Arc<[usize]>,
+) -> Result<Tensor> {
     if !q.device().is_cpu() {
-        return composed::attention(q, k, v, heads, &starts, &starts);
+        return composed::attention(q, k, v, heads, &starts, &key_starts);
     }
-    q.apply_op3(k, v, Attention { heads, starts })
+    q.apply_op3(
+        k,
+        v,
+        Attention {
+            heads,
+            starts,
+            key_starts,
+        },
+    )
 }
 
 /// One sequence's rows: queries (the last ones of the sequence) and all its keys and values.
@@ -250,20 +268,25 @@ fn backward_group<T: Real>(s: &Sequence<'_, T>, dy: &[T], kv_head: usize, heads:
 impl Attention {
     fn sequences<'a, T: Real>(&self, q: &'a [T], k: &'a [T], v: &'a [T]) -> Vec<Sequence<'a, T>> {
         let (q_width, kv_width) = (self.heads.q_width(), self.heads.kv_width());
-        self.starts
-            .windows(2)
-            .map(|w| Sequence {
-                q: &q[w[0] * q_width..w[1] * q_width],
-                k: &k[w[0] * kv_width..w[1] * kv_width],
-                v: &v[w[0] * kv_width..w[1] * kv_width],
-            })
-            .collect()
+        let both = self.starts.windows(2).zip(self.key_starts.windows(2));
+        both.map(|(w, keys)| Sequence {
+            q: &q[w[0] * q_width..w[1] * q_width],
+            k: &k[keys[0] * kv_width..keys[1] * kv_width],
+            v: &v[keys[0] * kv_width..keys[1] * kv_width],
+        })
+        .collect()
     }
 
     fn check(&self, q: &[usize], k: &[usize], v: &[usize]) -> Result<()> {
         let rows = self.starts.last().copied().unwrap_or(0);
-        let kv = [rows, self.heads.kv_width()];
-        if q != [rows, self.heads.q_width()] || k != kv || v != kv {
+        let kv = [
+            self.key_starts.last().copied().unwrap_or(0),
+            self.heads.kv_width(),
+        ];
+        let mut lengths = self.starts.windows(2).zip(self.key_starts.windows(2));
+        let enough = self.starts.len() == self.key_starts.len()
+            && lengths.all(|(queries, keys)| keys[1] - keys[0] >= queries[1] - queries[0]);
+        if q != [rows, self.heads.q_width()] || k != kv || v != kv || !enough {
             candle_core::bail!(
                 "{OP}: q {q:?}, k {k:?}, v {v:?} do not fit {:?}, {rows} rows",
                 self.heads
@@ -305,7 +328,8 @@ impl CustomOp3 for Attention {
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let dy = dy.contiguous()?;
         let (heads, kv_heads) = (self.heads, self.heads.kv_heads);
-        let rows = || self.starts.windows(2).map(|w| w[1] - w[0]);
+        let rows = |starts: &'_ Arc<[usize]>| starts.windows(2).map(|w| w[1] - w[0]).collect::<Vec<_>>();
+        let (rows, key_rows) = (rows(&self.starts), rows(&self.key_starts));
         for_real!(q.dtype(), OP, T => {
             let parts: Vec<[Vec<T>; 3]> =
                 with_elements::<T, _>(q, OP, |q| with_elements::<T, _>(k, OP, |k| {
@@ -324,11 +348,13 @@ impl CustomOp3 for Attention {
                 dk.push(k);
                 dv.push(v);
             }
-            let join = |parts: &[Vec<T>], width, dims: &[usize]| tensor(interleave(parts, rows(), kv_heads, width), dims);
+            let join = |parts: &[Vec<T>], rows: &[usize], width, dims: &[usize]| {
+                tensor(interleave(parts, rows.iter().copied(), kv_heads, width), dims)
+            };
             Ok((
-                Some(join(&dq, heads.group() * heads.head_dim, q.dims())?),
-                Some(join(&dk, heads.head_dim, k.dims())?),
-                Some(join(&dv, heads.head_dim, v.dims())?),
+                Some(join(&dq, &rows, heads.group() * heads.head_dim, q.dims())?),
+                Some(join(&dk, &key_rows, heads.head_dim, k.dims())?),
+                Some(join(&dv, &key_rows, heads.head_dim, v.dims())?),
             ))
         })
     }
@@ -359,7 +385,14 @@ mod tests {
         let (q, k, v) = (random(&[8, 24], 6), random(&[8, 12], 7), random(&[8, 12], 8));
         for heads in [HEADS, windowed(2), windowed(100)] {
             check(&[&q, &k, &v], |args| {
-                attention(&args[0], &args[1], &args[2], heads, [0, 3, 8].into())
+                attention(
+                    &args[0],
+                    &args[1],
+                    &args[2],
+                    heads,
+                    [0, 3, 8].into(),
+                    [0, 3, 8].into(),
+                )
             });
         }
     }
@@ -385,6 +418,25 @@ mod tests {
             }
         }
         out
+    }
+
+    #[test]
+    fn gradients_reach_keys_that_precede_the_queries() {
+        let (q, k, v) = (random(&[8, 24], 6), random(&[14, 12], 7), random(&[14, 12], 8));
+        for heads in [HEADS, windowed(3)] {
+            check(&[&q, &k, &v], |args| {
+                attention(
+                    &args[0],
+                    &args[1],
+                    &args[2],
+                    heads,
+                    [0, 3, 8].into(),
+                    [0, 5, 14].into(),
+                )
+            });
+        }
+        let too_few = attention(&q, &k, &v, HEADS, [0, 3, 8].into(), [0, 2, 14].into());
+        assert!(too_few.is_err(), "a query without its own key");
     }
 
     #[test]

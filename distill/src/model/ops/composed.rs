@@ -448,7 +448,7 @@ mod tests {
             };
             same(
                 &[&q, &k, &v],
-                || ops::attention(&q, &k, &v, heads, starts.into()),
+                || ops::attention(&q, &k, &v, heads, starts.into(), starts.into()),
                 || attention(&q, &k, &v, heads, &starts, &starts),
             );
         }

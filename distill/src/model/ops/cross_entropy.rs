@@ -78,7 +78,7 @@ struct Sums<T> {
 }
 
 /// One row: its loss, and in place of the logits their gradient, softmax − one-hot.
-fn loss_and_gradient<T: Real>(logits: &mut [T], token: usize) -> f64 {
+pub(super) fn loss_and_gradient<T: Real>(logits: &mut [T], token: usize) -> f64 {
     let max = logits
         .iter()
         .fold(T::of(f64::NEG_INFINITY), |max, x| if *x > max { *x } else { max });

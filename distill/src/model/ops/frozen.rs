@@ -48,10 +48,12 @@ impl Frozen {
                 let mut buffer = vec![0.0; height * columns];
                 for first in (0..rows).step_by(height) {
                     let tile = &mut buffer[..height.min(rows - first) * columns];
-                    tile.par_chunks_mut((part * columns).max(1)).enumerate().for_each(|(i, out)| {
-                        let start = first + i * part;
-                        matrix.dequantize(start..start + out.len() / columns, out);
-                    });
+                    tile.par_chunks_mut((part * columns).max(1))
+                        .enumerate()
+                        .for_each(|(i, out)| {
+                            let start = first + i * part;
+                            matrix.dequantize(start..start + out.len() / columns, out);
+                        });
                     f(first, &T::from_f32(tile));
                 }
                 Ok(())
@@ -175,8 +177,24 @@ mod tests {
     fn matrices(dims: [usize; 2]) -> Vec<(Frozen, Tensor)> {
         use TensorType as T;
         let kinds = [
-            T::Q4_0, T::Q4_1, T::Q5_0, T::Q5_1, T::Q8_0, T::IQ4_NL, T::IQ4_XS, T::Q2_K, T::Q3_K, T::Q4_K, T::Q5_K,
-            T::Q6_K, T::IQ3_S, T::TQ2_0, T::MXFP4, T::F16, T::BF16, T::F32,
+            T::Q4_0,
+            T::Q4_1,
+            T::Q5_0,
+            T::Q5_1,
+            T::Q8_0,
+            T::IQ4_NL,
+            T::IQ4_XS,
+            T::Q2_K,
+            T::Q3_K,
+            T::Q4_K,
+            T::Q5_K,
+            T::Q6_K,
+            T::IQ3_S,
+            T::TQ2_0,
+            T::MXFP4,
+            T::F16,
+            T::BF16,
+            T::F32,
         ];
         let mut all: Vec<Arc<dyn QuantizedRows>> = vec![
             Arc::new(Nf4::quantize("nf4".into(), &numbers(dims), dims, false)),
@@ -201,7 +219,14 @@ mod tests {
     }
 
     fn assert_same(ours: &Tensor, dense: &Tensor, name: &Frozen) {
-        let largest = (ours - dense).unwrap().abs().unwrap().flatten_all().unwrap().max(0).unwrap();
+        let largest = (ours - dense)
+            .unwrap()
+            .abs()
+            .unwrap()
+            .flatten_all()
+            .unwrap()
+            .max(0)
+            .unwrap();
         let largest: f64 = largest.to_scalar().unwrap();
         assert!(largest < 1e-9, "{name:?}: off by {largest}");
     }
@@ -214,7 +239,16 @@ mod tests {
             let same = |f: &dyn Fn(&Frozen) -> Result<Tensor>| {
                 assert_same(&f(&blocks).unwrap(), &f(&numbers).unwrap(), &blocks);
                 // dx is the gradient of a sum whose terms weigh the same.
-                let dx = |w| f(w).unwrap().sum_all().unwrap().backward().unwrap().get(&x).unwrap().clone();
+                let dx = |w| {
+                    f(w).unwrap()
+                        .sum_all()
+                        .unwrap()
+                        .backward()
+                        .unwrap()
+                        .get(&x)
+                        .unwrap()
+                        .clone()
+                };
                 assert_same(&dx(&blocks), &dx(&numbers), &blocks);
             };
             same(&|w| frozen_linear(&x, w));
@@ -225,7 +259,10 @@ mod tests {
             };
             same(&|w| frozen_cross_entropy(&x, w, targets.clone()));
             let ids = [4u32, 1, 4].into();
-            let embedded = frozen_embedding(&blocks, &ids).unwrap().to_dtype(candle_core::DType::F64).unwrap();
+            let embedded = frozen_embedding(&blocks, &ids)
+                .unwrap()
+                .to_dtype(candle_core::DType::F64)
+                .unwrap();
             assert_same(&embedded, &frozen_embedding(&numbers, &ids).unwrap(), &blocks);
         }
     }
@@ -239,7 +276,9 @@ mod tests {
                 continue;
             }
             check(&[&x], |args| frozen_linear(&args[0], &blocks));
-            check(&[&x, &a, &b], |args| lora_linear(&args[0], &blocks, &args[1], &args[2], 0.7, None));
+            check(&[&x, &a, &b], |args| {
+                lora_linear(&args[0], &blocks, &args[1], &args[2], 0.7, None)
+            });
         }
     }
 
@@ -252,7 +291,17 @@ mod tests {
         let numbers = Frozen::Dense(dense);
         let y = |w: &Frozen| frozen_linear(&x, w).unwrap();
         assert_same(&y(&blocks), &y(&numbers), &blocks);
-        let dx = |w: &Frozen| y(w).sqr().unwrap().sum_all().unwrap().backward().unwrap().get(&x).unwrap().clone();
+        let dx = |w: &Frozen| {
+            y(w).sqr()
+                .unwrap()
+                .sum_all()
+                .unwrap()
+                .backward()
+                .unwrap()
+                .get(&x)
+                .unwrap()
+                .clone()
+        };
         let (ours, theirs) = (dx(&blocks), dx(&numbers));
         // Sums over thousands of rows, in another order.
         assert_same(&(ours * 1e-5).unwrap(), &(theirs * 1e-5).unwrap(), &blocks);

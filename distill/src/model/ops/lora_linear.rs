@@ -35,6 +35,15 @@ impl Dropout {
         }
     }
 
+    /// The factors of all elements of x, as a tensor without a gradient.
+    pub(crate) fn mask(self, x: &Tensor) -> Result<Tensor> {
+        let factors: Vec<f32> = (0..x.elem_count())
+            .into_par_iter()
+            .map(|i| self.factor(i))
+            .collect();
+        Tensor::from_vec(factors, x.dims(), x.device())?.to_dtype(x.dtype())
+    }
+
     fn apply<T: Real>(self, x: &[T]) -> Vec<T> {
         x.par_iter()
             .enumerate()

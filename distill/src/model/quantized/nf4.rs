@@ -9,8 +9,8 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use crate::model::QuantizedRows;
 use super::scales::{Scales, torch_inverse};
+use crate::model::QuantizedRows;
 
 /// Elements that share a scale.
 const BLOCK: usize = 64;
@@ -191,9 +191,7 @@ mod tests {
     #[test]
     fn rows_that_begin_inside_a_block_or_a_byte_are_those_of_the_whole() {
         for dims in [[9, 64], [11, 50], [13, 7], [1, 1], [3, 129]] {
-            let values: Vec<f32> = (0..dims[0] * dims[1])
-                .map(|i| (i as f32 * 0.37).sin())
-                .collect();
+            let values: Vec<f32> = (0..dims[0] * dims[1]).map(|i| (i as f32 * 0.37).sin()).collect();
             for double_quant in [false, true] {
                 let matrix = Nf4::quantize("w".into(), &values, dims, double_quant);
                 let mut whole = vec![f32::NAN; values.len()];

@@ -47,7 +47,9 @@ impl Rounding {
             }),
             Self::Q8K => row.chunks_mut(256).for_each(|block| {
                 // The number of largest magnitude, with its sign, becomes −127.
-                let largest = block.iter().fold(0.0f32, |max, x| if x.abs() > max.abs() { *x } else { max });
+                let largest = block
+                    .iter()
+                    .fold(0.0f32, |max, x| if x.abs() > max.abs() { *x } else { max });
                 let inverse = if largest == 0.0 { 0.0 } else { -127.0 / largest };
                 let scale = if largest == 0.0 { 0.0 } else { 1.0 / inverse };
                 for x in block {
@@ -65,7 +67,9 @@ mod tests {
     use super::*;
 
     fn row() -> Vec<f32> {
-        (0..512).map(|i| (i as f32 * 0.37).sin() * (1.0 + (i / 32) as f32)).collect()
+        (0..512)
+            .map(|i| (i as f32 * 0.37).sin() * (1.0 + (i / 32) as f32))
+            .collect()
     }
 
     #[test]
@@ -86,7 +90,10 @@ mod tests {
         for (block, (before, after)) in before.chunks(256).zip(after.chunks(256)).enumerate() {
             let largest = after.iter().fold(0.0f32, |max, x| max.max(x.abs()));
             for (i, (a, b)) in before.iter().zip(after).enumerate() {
-                assert!((block, i) == (1, 44) || (a - b).abs() <= 0.5001 * largest / 127.0, "{a} {b}");
+                assert!(
+                    (block, i) == (1, 44) || (a - b).abs() <= 0.5001 * largest / 127.0,
+                    "{a} {b}"
+                );
             }
         }
         let mut zero = vec![0.0; 256];
