@@ -227,8 +227,6 @@ options! {
     encoder_hidden_size: usize = 0, "The width between those layers [default: that of a row of keys]";
     #[arg(value_name = "DIR")]
     adapter: PathBuf = PathBuf::new(), "A stored adapter to train further, instead of a new one";
-    #[arg(num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
-    as_served: bool = false, "Over a GGUF file: round activations as llama.cpp does before it multiplies";
     #[arg(value_enum)]
     bnb_4bit_quant_type: QuantType = QuantType::Nf4, "The base's type with --method qlora on a folder [default: nf4]";
     #[arg(num_args = 0..=1, default_missing_value = "true", value_name = "BOOL", action = clap::ArgAction::Set)]
@@ -383,11 +381,6 @@ impl SftConfig {
             if !(low..=high).contains(&value) {
                 return usage(format!("{flag} is {value}, which is out of range"));
             }
-        }
-        if self.as_served && !self.model.is_file() {
-            return usage(
-                "--as-served needs a GGUF file as --model: what a folder becomes is not known yet".into(),
-            );
         }
         let with_text = self.prompt_tuning_init == PromptTuningInit::Text;
         if self.method == Method::Prompt && with_text == self.prompt_tuning_init_text.is_empty() {
