@@ -235,7 +235,13 @@ fn nf4_keeps_the_model_within_its_rounding_and_in_an_eighth_of_the_room() {
     );
     // Only the linear layers of the blocks are rounded: the embedding and the norms are not.
     let batch = batch();
-    let embedded = |model: &Model| floats(&model.embed(&batch, &model.pass(&batch, &[], Mode::INFERENCE)).unwrap());
+    let embedded = |model: &Model| {
+        floats(
+            &model
+                .embed(&batch, &model.pass(&batch, &[], Mode::INFERENCE))
+                .unwrap(),
+        )
+    };
     assert_eq!(embedded(&nf4), embedded(&f32));
     let hidden = |model: &Model| floats(&model.hidden(&batch, Mode::INFERENCE).unwrap());
     let worst = difference(&hidden(&nf4), &hidden(&f32));

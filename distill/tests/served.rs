@@ -12,17 +12,18 @@ use llama_cpp_2::llama_batch::LlamaBatch;
 use llama_cpp_2::model::LlamaModel;
 use llama_cpp_2::model::params::LlamaModelParams;
 use llama_cpp_2::token::LlamaToken;
-use pipit_convert::adapter::{GgufAdapter, PeftAdapter, TargetModules};
+use pipit_convert::adapter::{GgufAdapter, PeftAdapter};
 use pipit_convert::gguf::TensorType;
 use pipit_convert::llama_cpp::backend;
 use pipit_convert::merge::ScaledAdapter;
 use pipit_convert::model::SourceModel;
-use pipit_distill::adapter::{self, LoraOptions};
+use pipit_distill::adapter::{Adapter, LoraOptions, lora};
 use pipit_distill::batch::Batch;
 use pipit_distill::data::Encoder;
-use pipit_distill::model::{Mode, Model};
+use pipit_distill::model::{Keep, Mode, Model};
 use pipit_distill::optimizer::{AdamW, AdamWOptions};
 use pipit_distill::random::Random;
+use pipit_distill::rollout::{Stop, greedy};
 use pipit_distill::trainer::with_deep_stack;
 
 const TRAIN: Mode = Mode {
@@ -110,17 +111,14 @@ fn ours(model: &Model, ids: &[u32]) -> Vec<f32> {
 /// llama.cpp with the adapter on: the model is loaded once.
 struct Server {
     model: LlamaModel,
-    adapter: Option<PathBuf>,
+    adapter: PathBuf,
 }
 
 impl Server {
     /// Logits after every token; the cache is f32 and flash attention is off, so that nothing is rounded that need
     /// not be.
-    fn logits(&self, ids: &[u32]) -> Vec<f32> {
-        let adapter = self
-            .adapter
-            .as_ref()
-            .map(|path| self.model.lora_adapter_init(path).unwrap());
+    fn logits(&mut self, ids: &[u32]) -> Vec<f32> {
+        let mut adapter = self.model.lora_adapter_init(&self.adapter).unwrap();
         let params = LlamaContextParams::default()
             .with_n_ctx(NonZeroU32::new(256))
             .with_n_batch(256)
@@ -131,9 +129,7 @@ impl Server {
             .with_type_v(KvCacheType::F32)
             .with_flash_attention_policy(llama_cpp_sys_2::LLAMA_FLASH_ATTN_TYPE_DISABLED);
         let mut context = self.model.new_context(backend().unwrap(), params).unwrap();
-        if let Some(mut adapter) = adapter {
-            context.lora_adapter_set(&mut adapter, 1.0).unwrap();
-        }
+        context.lora_adapter_set(&mut adapter, 1.0).unwrap();
         let mut batch = LlamaBatch::new(ids.len(), 1);
         let tokens: Vec<_> = ids.iter().map(|id| LlamaToken(*id as i32)).collect();
         batch.add_sequence(&tokens, 0, true).unwrap();
@@ -161,47 +157,40 @@ fn mean_kl(theirs: &[f32], ours: &[f32], vocabulary: usize) -> f64 {
     kl.sum::<f64>() / (theirs.len() / vocabulary) as f64
 }
 
-/// The most probable tokens after a prompt, one after the other, with the smallest lead that one had over the next.
-fn greedy(
-    mut logits: impl FnMut(&[u32]) -> Vec<f32>,
-    prompt: &[u32],
-    vocabulary: usize,
-    count: usize,
-) -> (Vec<u32>, f32) {
-    let mut all = prompt.to_vec();
-    let mut lead = f32::INFINITY;
-    for _ in 0..count {
-        let logits = logits(&all);
-        let last = &logits[logits.len() - vocabulary..];
+/// The most probable token of every row, and its lead over the next.
+fn best(logits: &[f32], vocabulary: usize) -> Vec<(usize, f32)> {
+    let rows = logits.chunks_exact(vocabulary);
+    rows.map(|row| {
         let mut order: Vec<usize> = (0..vocabulary).collect();
-        order.sort_by(|a, b| last[*b].total_cmp(&last[*a]));
-        lead = lead.min(last[order[0]] - last[order[1]]);
-        all.push(order[0] as u32);
-    }
-    (all[prompt.len()..].to_vec(), lead)
+        order.select_nth_unstable_by(1, |a, b| row[*b].total_cmp(&row[*a]));
+        (order[0], row[order[0]] - row[order[1]])
+    })
+    .collect()
 }
 
 /// Trains over `file`, serves from it, and compares.
 fn same_when_served(file: &Path) {
-    let mut model = Model::open(file, false).unwrap();
+    let mut model = Model::open_as(file, Keep::Served).unwrap();
     let vocabulary = model.config().vocab_size;
     let encoder = Encoder::open(file, vocabulary).unwrap();
     let options = LoraOptions {
         r: 8,
         lora_alpha: 16.0,
-        lora_dropout: 0.0,
-        use_rslora: false,
-        target_modules: TargetModules::Pattern("all-linear".into()),
+        ..LoraOptions::default()
     };
     let base = file.to_string_lossy();
-    let config = adapter::add(&mut model, &options, &base, &mut Random::new(0, "adapter")).unwrap();
+    let config = lora::add(&mut model, &options, &base, &mut Random::new(0, "adapter")).unwrap();
     let untrained = ours(&model, &ids(&encoder, TAUGHT[0]));
     train(&model, &encoder);
 
     let scratch = tempfile::tempdir().unwrap();
-    adapter::save(&model, &config, scratch.path()).unwrap();
+    Adapter::Lora(config).save(&model, scratch.path()).unwrap();
+    let stored = PeftAdapter::open(scratch.path()).unwrap();
+    // The same without the rounding of activations.
+    let mut exact = Model::open(file, false).unwrap();
+    Adapter::load(&mut exact, scratch.path()).unwrap();
     let scaled = ScaledAdapter {
-        adapter: PeftAdapter::open(scratch.path()).unwrap(),
+        adapter: stored,
         scale: 1.0,
     };
     let adapter = scratch.path().join("adapter.gguf");
@@ -210,38 +199,47 @@ fn same_when_served(file: &Path) {
         .unwrap()
         .write(&adapter)
         .unwrap();
-
     let loaded = LlamaModel::load_from_file(backend().unwrap(), file, &LlamaModelParams::default()).unwrap();
-    let server = Server {
+    let mut server = Server {
         model: loaded,
-        adapter: Some(adapter),
+        adapter,
     };
-    let (mut sum, mut tokens) = (0.0, 0);
-    for text in TAUGHT.iter().chain(&PROMPTS) {
-        let ids = ids(&encoder, text);
-        sum += mean_kl(&server.logits(&ids), &ours(&model, &ids), vocabulary) * ids.len() as f64;
-        tokens += ids.len();
+
+    let (mut rounded, mut unrounded, mut tokens) = (0.0, 0.0, 0.0);
+    for prompt in PROMPTS {
+        let mut ids = ids(&encoder, prompt);
+        let asked = ids.len();
+        let stop = Stop {
+            eos: &[],
+            max_new_tokens: 8,
+        };
+        let answers = greedy(&model, &[ids.as_slice()], &stop).unwrap();
+        ids.extend(&answers[0]);
+        let (theirs, ours, exact) = (server.logits(&ids), ours(&model, &ids), ours(&exact, &ids));
+        rounded += mean_kl(&theirs, &ours, vocabulary) * ids.len() as f64;
+        unrounded += mean_kl(&theirs, &exact, vocabulary) * ids.len() as f64;
+        tokens += ids.len() as f64;
+        // llama.cpp, asked for the tokens one after the other, gives our answer, and not by a hair.
+        let places = best(&theirs, vocabulary).into_iter().skip(asked - 1);
+        for (token, (theirs, lead)) in answers[0].iter().zip(places) {
+            assert_eq!(
+                (*token as usize, lead > 0.05),
+                (theirs, true),
+                "{prompt}: leads by {lead}"
+            );
+        }
+        println!("{prompt}{}", encoder.decode(&answers[0]).unwrap());
     }
-    let kl = sum / tokens as f64;
-    println!("{}: mean KL {kl:.2e} nats over {tokens} tokens", file.display());
+    let (rounded, unrounded) = (rounded / tokens, unrounded / tokens);
+    println!(
+        "{}: mean KL over {tokens} tokens {rounded:.2e} nats, {unrounded:.2e} with exact activations",
+        file.display()
+    );
     // The adapter counts: without it the distributions are far apart.
     let moved = mean_kl(&server.logits(&ids(&encoder, TAUGHT[0])), &untrained, vocabulary);
     assert!(moved > 0.05, "the adapter moves the model by {moved} nats only");
-    assert!(kl < 1e-3, "mean KL {kl}");
-    for prompt in PROMPTS {
-        let ids = ids(&encoder, prompt);
-        let (answer, lead) = greedy(|ids| ours(&model, ids), &ids, vocabulary, 8);
-        println!(
-            "{prompt} {:?}, leading by {lead}",
-            encoder.decode(&answer).unwrap()
-        );
-        assert!(
-            lead > 0.1,
-            "{prompt}: a near tie ({lead}) proves nothing; take another prompt"
-        );
-        let (theirs, _) = greedy(|ids| server.logits(ids), &ids, vocabulary, 8);
-        assert_eq!(answer, theirs, "{prompt}");
-    }
+    assert!(rounded < 1e-3, "mean KL {rounded}");
+    assert!(unrounded < 0.05, "mean KL {unrounded} with exact activations");
 }
 
 #[test]

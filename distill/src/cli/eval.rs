@@ -34,6 +34,9 @@ pub struct Args {
     /// The folder's weights in NF4, as --method qlora has them; a GGUF file has its own blocks
     #[arg(long)]
     load_in_4bit: bool,
+    /// Over a GGUF file: round activations as llama.cpp does before it multiplies
+    #[arg(long)]
+    as_served: bool,
     /// Rows: `messages`, or `prompt` and `completion`, or `text`
     #[arg(long, value_name = "F.jsonl")]
     data: PathBuf,
@@ -64,6 +67,19 @@ pub fn run(args: &Args, output: Output) -> anyhow::Result<()> {
             "--batch-size must be at least 1, --max-length at least 2".into()
         ));
     }
+    for (flag, given, file) in [
+        ("--load-in-4bit", args.load_in_4bit, false),
+        ("--as-served", args.as_served, true),
+    ] {
+        if given && args.model.is_file() != file {
+            let wanted = if file {
+                "a GGUF file"
+            } else {
+                "a checkpoint folder"
+            };
+            anyhow::bail!(UsageError::Usage(format!("{flag} needs {wanted} as --model")));
+        }
+    }
     let stop = Arc::new(AtomicBool::new(false));
     let on_signal = stop.clone();
     ctrlc::set_handler(move || on_signal.store(true, Ordering::Relaxed))
@@ -72,9 +88,10 @@ pub fn run(args: &Args, output: Output) -> anyhow::Result<()> {
 }
 
 fn evaluate(args: &Args, output: Output, stop: &AtomicBool) -> anyhow::Result<()> {
-    let keep = match args.load_in_4bit {
-        true => Keep::Nf4 { double_quant: true },
-        false => Keep::Frozen,
+    let keep = match (args.load_in_4bit, args.as_served) {
+        (true, _) => Keep::Nf4 { double_quant: true },
+        (_, true) => Keep::Served,
+        _ => Keep::Frozen,
     };
     let mut model = Model::open_as(&args.model, keep)?;
     if let Some(dir) = &args.adapter {

@@ -62,7 +62,8 @@ impl Method {
 }
 
 /// The options that say what an adapter looks like, by method.
-const LORA: [&str; 16] = [
+const LORA: [&str; 17] = [
+    "as_served",
     "r",
     "lora_alpha",
     "lora_dropout",
@@ -223,6 +224,8 @@ options! {
     encoder_hidden_size: usize = 0, "The width between those layers [default: that of a row of keys]";
     #[arg(value_name = "DIR")]
     adapter: PathBuf = PathBuf::new(), "A stored adapter to train further, instead of a new one";
+    #[arg(num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
+    as_served: bool = false, "Over a GGUF file: round activations as llama.cpp does before it multiplies";
     #[arg(value_enum)]
     bnb_4bit_quant_type: QuantType = QuantType::Nf4, "The base's type with --method qlora on a folder [default: nf4]";
     #[arg(num_args = 0..=1, default_missing_value = "true", value_name = "BOOL", action = clap::ArgAction::Set)]
@@ -298,7 +301,8 @@ impl SftOptions {
                     "{flag} cannot be given with --adapter, which decides it"
                 )));
             }
-            if !method.takes(key) && !(stored && self.method.is_none()) {
+            let decided = stored && self.method.is_none();
+            if !method.takes(key) && !decided {
                 return Err(UsageError::Usage(format!(
                     "{flag} is not for --method {}\nhint: leave it out, or choose another method",
                     method.name()
@@ -398,6 +402,11 @@ impl SftConfig {
         {
             return usage(
                 "--lr-scheduler-type constant has no warm-up\nhint: constant_with_warmup has one".into(),
+            );
+        }
+        if self.as_served && !self.model.is_file() {
+            return usage(
+                "--as-served needs a GGUF file as --model: what a folder becomes is not known yet".into(),
             );
         }
         if self.bnb_4bit_quant_type == QuantType::Fp4 {

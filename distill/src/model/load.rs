@@ -16,6 +16,8 @@ pub enum Keep {
     Trained,
     /// f32, frozen.
     Frozen,
+    /// The same; over a GGUF file, activations are rounded as llama.cpp rounds them before it multiplies.
+    Served,
     /// The blocks' linear layers in NF4, which is QLoRA's base. Embedding and output layer are read from the
     /// checkpoint's file in their own type when they are needed; norms and biases are f32. All are frozen.
     Nf4 {
@@ -68,19 +70,20 @@ impl<'a> Loader<'a> {
         let tensor = Tensor::from_vec(self.numbers(&name, shape)?, shape, &Device::Cpu)?;
         Ok(match self.keep {
             Keep::Trained => Parameter::trained(name, &tensor)?,
-            Keep::Frozen | Keep::Nf4 { .. } => Parameter::frozen(name, &tensor),
+            Keep::Frozen | Keep::Served | Keep::Nf4 { .. } => Parameter::frozen(name, &tensor),
         })
     }
 
     /// The matrix of an embedding or an output layer.
     pub(crate) fn weight(&mut self, name: String, shape: [usize; 2]) -> Result<Weight, ModelError> {
         match (self.source, self.keep) {
-            (Source::Folder(_), Keep::Trained | Keep::Frozen) => {
+            (Source::Folder(_), Keep::Trained | Keep::Frozen | Keep::Served) => {
                 Ok(Weight::Dense(self.parameter(name, &shape)?))
             }
             (Source::File(_), _) | (_, Keep::Nf4 { .. }) => {
                 self.check_shape(&name, &shape)?;
-                Ok(Weight::Quantized(self.source.rows(&name)?))
+                let rows = self.source.rows(&name, self.keep == Keep::Served)?;
+                Ok(Weight::Quantized(rows))
             }
         }
     }

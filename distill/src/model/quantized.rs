@@ -3,9 +3,11 @@
 mod gguf;
 mod mapped;
 mod nf4;
+mod rounding;
 mod scales;
 
 pub use gguf::GgufRows;
 pub use mapped::MappedRows;
 pub use nf4::Nf4;
+pub use rounding::Rounding;
 pub use scales::{Scales, dynamic_map};

@@ -77,8 +77,9 @@ impl Source {
         }
     }
 
-    /// A matrix as it stands on disk, to be read row by row; all its numbers are finite.
-    pub(crate) fn rows(&self, name: &str) -> Result<Arc<dyn QuantizedRows>, ModelError> {
+    /// A matrix as it stands on disk, to be read row by row; all its numbers are finite. `as_served` rounds what a
+    /// GGUF file's matrix is multiplied with.
+    pub(crate) fn rows(&self, name: &str, as_served: bool) -> Result<Arc<dyn QuantizedRows>, ModelError> {
         let no_matrix = || ModelError::NoMatrix {
             path: self.path().to_path_buf(),
             tensor: name.to_owned(),
@@ -94,7 +95,7 @@ impl Source {
             Self::File(file) => {
                 let tensor = self.in_file(file, name)?;
                 tensor.check().map_err(|source| self.bad_blocks(name, source))?;
-                Ok(Arc::new(GgufRows::new(tensor).ok_or_else(no_matrix)?))
+                Ok(Arc::new(GgufRows::new(tensor, as_served).ok_or_else(no_matrix)?))
             }
         }
     }

@@ -1,5 +1,6 @@
 //! A matrix that gets no gradient: numbers in memory, or quantised rows that become numbers tile by tile.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
 use candle_core::{Result, Tensor};
@@ -65,6 +66,20 @@ impl Frozen {
         super::linear::sizes(x, &self.dims()?)
     }
 
+    /// x as the matrix is multiplied with it.
+    fn rounded<'a, T: Real>(&self, x: &'a [T], input: usize) -> Cow<'a, [T]> {
+        let rounding = match self {
+            Self::Dense(_) => None,
+            Self::Quantized(matrix) => matrix.rounding(),
+        };
+        let Some(rounding) = rounding else {
+            return x.into();
+        };
+        let mut x: Vec<f32> = x.iter().map(|x| x.to_f64() as f32).collect();
+        x.par_chunks_mut(input.max(1)).for_each(|row| rounding.apply(row));
+        T::from_f32(&x).into_owned().into()
+    }
+
     /// x·Wᵀ, `[rows, out]`.
     pub(crate) fn forward<T: Real>(
         &self,
@@ -72,6 +87,7 @@ impl Frozen {
         x: &[T],
         (rows, input, out): (usize, usize, usize),
     ) -> Result<Vec<T>> {
+        let x = &*self.rounded(x, input);
         let mut y = vec![T::zero(); rows * out];
         self.tiles(op, |first, tile: &[T]| {
             let tile = Mat::new(tile, tile.len() / input, input);

@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use pipit_convert::import::GgufTensor;
 
+use super::Rounding;
 use crate::model::QuantizedRows;
 
 /// Blocks of any type that ggml turns into numbers, with ggml's own kernels.
@@ -11,18 +12,20 @@ use crate::model::QuantizedRows;
 pub struct GgufRows {
     tensor: GgufTensor,
     dims: [usize; 2],
+    rounding: Option<Rounding>,
 }
 
 impl GgufRows {
     /// A matrix `[out, in]`, or none where the tensor is no matrix. The tensor must have passed its
-    /// [`check`](GgufTensor::check).
-    pub fn new(tensor: &GgufTensor) -> Option<Self> {
+    /// [`check`](GgufTensor::check). `as_served` rounds what it is multiplied with, as llama.cpp does.
+    pub fn new(tensor: &GgufTensor, as_served: bool) -> Option<Self> {
         let &[out, input] = tensor.shape() else {
             return None;
         };
         Some(Self {
             tensor: tensor.clone(),
             dims: [out, input],
+            rounding: Rounding::of(tensor.kind()).filter(|_| as_served),
         })
     }
 }
@@ -46,5 +49,9 @@ impl QuantizedRows for GgufRows {
 
     fn bytes(&self) -> usize {
         self.tensor.bytes()
+    }
+
+    fn rounding(&self) -> Option<Rounding> {
+        self.rounding
     }
 }
