@@ -7,7 +7,7 @@ use anyhow::Context as _;
 
 use super::Output;
 use super::options::SftConfig;
-use super::sft::{self, Prepared, train_options};
+use super::sft::{self, Asked, Prepared, train_options};
 use crate::memory::{self, Sizes};
 use crate::model::Mode;
 use crate::plan::{DataFile, Measured, Parameters, Plan, Work};
@@ -32,13 +32,14 @@ pub struct Args {
 
 /// Runs the subcommand.
 pub fn run(args: Args, output: Output) -> anyhow::Result<()> {
-    let (mut config, _) = args.sft.resolve(output)?;
-    config.check()?;
-    with_deep_stack(|| plan(&mut config, args.measure_steps, output)).context("cannot start a thread")?
+    let mut asked = args.sft.resolve(output)?;
+    asked.config.check()?;
+    with_deep_stack(|| plan(&mut asked, args.measure_steps, output)).context("cannot start a thread")?
 }
 
-fn plan(config: &mut SftConfig, measure_steps: usize, output: Output) -> anyhow::Result<()> {
-    let prepared = sft::prepare(config, output)?;
+fn plan(asked: &mut Asked, measure_steps: usize, output: Output) -> anyhow::Result<()> {
+    let config = &mut asked.config;
+    let prepared = sft::prepare(config, asked.method_is_given, output)?;
     let options = train_options(config, &prepared.samples);
     let mut plan = of(config, &prepared, &options)?;
     warn(&plan, output);
