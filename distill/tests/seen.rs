@@ -299,6 +299,47 @@ fn rows_that_are_there_twice_and_rows_not_read_are_reported() {
     }
 }
 
+#[test]
+fn calls_of_tools_are_trained_on_as_the_template_writes_them() {
+    let place = Workplace::new();
+    let template = "{% for t in tools or [] %}{{ t.name }} {% endfor %}\
+        {% for m in messages %}{{ '<bot> ' if m.role == 'assistant' else '<user> ' }}\
+        {{ m.tool_calls[0].function.name if m.tool_calls else m.content }} <end>\n{% endfor %}\
+        {% if add_generation_prompt %}<bot> {% endif %}";
+    fs::write(place.path("model/chat_template.jinja"), template).unwrap();
+    let ask = json!({"role": "user", "content": "w9"});
+    let call = json!({"role": "assistant", "content": null, "tool_calls": [{"function": {"name": "w41"}}]});
+    let result = json!({"role": "tool", "content": "w42"});
+    let answer = json!({"role": "assistant", "content": "w43"});
+    let rows = [
+        json!({"tools": [{"name": "w40"}], "messages": [ask, call, result, answer]}),
+        json!({"messages": [ask, call]}),
+    ];
+    place.write("calls.jsonl", &rows);
+    let args = [
+        "eval",
+        "--model",
+        "model",
+        "--data",
+        "calls.jsonl",
+        "--samples",
+        "out.jsonl",
+        "--json",
+    ];
+    let eval = json_of(&succeeded(&place.run(&args)));
+    // w40 and three tokens of each message; a turn of the assistant is trained on with its end.
+    assert_eq!(
+        (&eval["data"]["tokens"], &eval["data"]["trained_tokens"]),
+        (&json!(19), &json!(6))
+    );
+    let answers = lines_of(&place.path("out.jsonl"));
+    assert_eq!(
+        (&answers[0]["expected"], &answers[1]["expected"]),
+        (&json!("w43"), &json!("w41"))
+    );
+    assert_eq!(answers[1]["question"], "w9");
+}
+
 #[cfg(not(feature = "parquet"))]
 #[test]
 fn a_parquet_file_is_refused_with_the_features_name() {
