@@ -49,7 +49,7 @@ impl Method {
         }
     }
 
-    /// As it is written.
+    /// As `--method` spells it.
     pub fn name(self) -> &'static str {
         match self {
             Self::Full => "full",
@@ -143,7 +143,7 @@ macro_rules! options {
 options! {
     #[arg(value_name = "DIR|FILE.gguf")]
     model: PathBuf = PathBuf::new(), "The checkpoint folder to start from; lora and qlora also train over the blocks of a GGUF file";
-    #[arg(value_name = "F.jsonl")]
+    #[arg(value_name = "F.jsonl|F.parquet")]
     data: PathBuf = PathBuf::new(), "Rows to train on: `messages`, or `prompt` and `completion`, or `text`";
     #[arg(short = 'o', value_name = "RUN")]
     output_dir: PathBuf = PathBuf::new(), "The folder to make; one that holds work is not written over";
@@ -169,7 +169,7 @@ options! {
     adam_epsilon: f64 = 1e-8, "AdamW's epsilon [default: 1e-8]";
     seed: u64 = 42, "The same seed gives the same bits [default: 42]";
     logging_steps: usize = 10, "A line of figures every so many steps [default: 10]";
-    #[arg(value_name = "F.jsonl")]
+    #[arg(value_name = "F.jsonl|F.parquet")]
     eval_data: PathBuf = PathBuf::new(), "Rows to evaluate on";
     #[arg(value_enum)]
     eval_strategy: Strategy = Strategy::Steps, "When to evaluate; once at the end always [default: steps]";
@@ -263,6 +263,15 @@ fn parse_targets(text: &str) -> Result<TargetModules, std::convert::Infallible> 
     Ok(TargetModules::Names(names.map(str::to_owned).collect()))
 }
 
+fn needed(flag: &str, path: &Path) -> Result<(), UsageError> {
+    match path.as_os_str().is_empty() {
+        true => Err(UsageError::Usage(format!(
+            "{flag} is missing\nhint: pipit-distill sft --help shows an example"
+        ))),
+        false => Ok(()),
+    }
+}
+
 /// Reads a TOML file of options; an unknown key is refused with the nearest name.
 pub fn read_toml(path: &Path) -> Result<SftOptions, UsageError> {
     let bad = |why: String| UsageError::Config(path.to_path_buf(), why);
@@ -329,16 +338,8 @@ impl SftConfig {
     /// Refuses values that cannot be meant.
     pub fn check(&self) -> Result<(), UsageError> {
         let usage = |text: String| Err(UsageError::Usage(text));
-        for (flag, path) in [
-            ("--model", &self.model),
-            ("--data", &self.data),
-            ("--output-dir (-o)", &self.output_dir),
-        ] {
-            if path.as_os_str().is_empty() {
-                return usage(format!(
-                    "{flag} is missing\nhint: pipit-distill sft --help shows an example"
-                ));
-            }
+        for (flag, path) in [("--model", &self.model), ("--data", &self.data)] {
+            needed(flag, path)?;
         }
         for (flag, value) in [
             ("--per-device-train-batch-size", self.per_device_train_batch_size),
@@ -421,6 +422,11 @@ impl SftConfig {
             );
         }
         Ok(())
+    }
+
+    /// Refuses a run that has no folder to go to.
+    pub fn check_output(&self) -> Result<(), UsageError> {
+        needed("--output-dir (-o)", &self.output_dir)
     }
 
     /// The number of steps, and of those that warm up. `of_epochs` says how many steps so many passes over the data are.
