@@ -133,7 +133,11 @@ macro_rules! options {
 
             /// Fills in from `file`, then from the defaults.
             pub fn resolve(self, file: Self) -> SftConfig {
-                let given = self.or(file);
+                let mut given = self.or(file);
+                if given.method == Some(Method::Qlora) {
+                    // As PEFT's prepare_model_for_kbit_training has it: who asks for four bits is short of memory.
+                    given.gradient_checkpointing.get_or_insert(true);
+                }
                 SftConfig { $($name: given.$name.unwrap_or_else(|| $default),)* }
             }
         }
@@ -154,7 +158,7 @@ options! {
     #[arg(num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
     packing: bool = false, "A forward pass takes as many rows as fit into its sequences of --max-length tokens; no row sees another";
     #[arg(num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
-    gradient_checkpointing: bool = false, "Keep no activations, compute them again: less memory, one more forward pass, the same bits";
+    gradient_checkpointing: bool = false, "Keep no activations, compute them again: less memory, one more forward pass, the same bits [default: true with qlora]";
     learning_rate: f64 = 2e-4, "The learning rate after the warm-up [default: 2e-4]";
     num_train_epochs: f64 = 3.0, "Passes over the data, where --max-steps is not given [default: 3]";
     max_steps: usize = 0, "Steps to do, whatever the number of passes";
@@ -383,6 +387,11 @@ impl SftConfig {
                 return usage(format!("{flag} is {value}, which is out of range"));
             }
         }
+        if self.as_served && !self.model.is_file() {
+            return usage(
+                "--as-served needs a GGUF file as --model: what a folder becomes is not known yet".into(),
+            );
+        }
         let with_text = self.prompt_tuning_init == PromptTuningInit::Text;
         if self.method == Method::Prompt && with_text == self.prompt_tuning_init_text.is_empty() {
             return usage("--prompt-tuning-init TEXT and --prompt-tuning-init-text go together".into());
@@ -476,6 +485,19 @@ mod tests {
             "{error}"
         );
         assert!(toml_file("learning_rate = 'high'").is_err());
+    }
+
+    #[test]
+    fn qlora_keeps_no_activations_unless_it_is_told_to() {
+        let resolve = |text: &str| {
+            toml_file(text)
+                .unwrap()
+                .resolve(SftOptions::default())
+                .gradient_checkpointing
+        };
+        assert!(resolve("method = 'qlora'"));
+        assert!(!resolve("method = 'qlora'\ngradient_checkpointing = false"));
+        assert!(!resolve("method = 'lora'"));
     }
 
     #[test]

@@ -363,7 +363,7 @@ pub(super) fn prepare(
 ) -> anyhow::Result<Prepared> {
     let keep = match config.method {
         Method::Full => Keep::Trained,
-        Method::Lora | Method::Qlora if config.as_served => Keep::Served,
+        _ if config.as_served => Keep::Served,
         Method::Lora | Method::Prompt | Method::Prefix => Keep::Frozen,
         Method::Qlora => Keep::Nf4 {
             double_quant: config.bnb_4bit_use_double_quant,
