@@ -144,6 +144,13 @@ pub enum TrainError {
     Candle(#[from] candle_core::Error),
 }
 
+/// The steps that a run will do: the samples of each forward pass, by index.
+pub fn plan_steps(samples: &[Sample], options: &TrainOptions) -> impl Iterator<Item = Vec<Vec<usize>>> {
+    let lengths = samples.iter().map(|sample| sample.ids.len()).collect();
+    let mut sampler = Sampler::new(lengths, options.sampling);
+    (0..options.steps).map(move |_| sampler.take().passes)
+}
+
 fn batch_of<'a>(samples: impl IntoIterator<Item = &'a Sample>) -> Batch {
     Batch::new(
         samples

@@ -290,7 +290,7 @@ fn bad_input_is_named_and_leaves_nothing() {
     );
     place.refused(
         1,
-        "pipit-convert import",
+        "m.gguf is no checkpoint: it does not exist",
         &sft(&["--model", "m.gguf", "--data", "train.jsonl"]),
     );
     place.refused(

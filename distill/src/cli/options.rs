@@ -49,7 +49,7 @@ impl Method {
         }
     }
 
-    /// As it is written.
+    /// As `--method` spells it.
     pub fn name(self) -> &'static str {
         match self {
             Self::Full => "full",
@@ -62,7 +62,8 @@ impl Method {
 }
 
 /// The options that say what an adapter looks like, by method.
-const LORA: [&str; 16] = [
+const LORA: [&str; 17] = [
+    "as_served",
     "r",
     "lora_alpha",
     "lora_dropout",
@@ -146,7 +147,7 @@ macro_rules! options {
 options! {
     #[arg(value_name = "DIR|FILE.gguf")]
     model: PathBuf = PathBuf::new(), "The checkpoint folder to start from; lora and qlora also train over the blocks of a GGUF file";
-    #[arg(value_name = "F.jsonl")]
+    #[arg(value_name = "F.jsonl|F.parquet")]
     data: PathBuf = PathBuf::new(), "Rows to train on: `messages`, or `prompt` and `completion`, or `text`";
     #[arg(short = 'o', value_name = "RUN")]
     output_dir: PathBuf = PathBuf::new(), "The folder to make; one that holds work is not written over";
@@ -172,7 +173,7 @@ options! {
     adam_epsilon: f64 = 1e-8, "AdamW's epsilon [default: 1e-8]";
     seed: u64 = 42, "The same seed gives the same bits [default: 42]";
     logging_steps: usize = 10, "A line of figures every so many steps [default: 10]";
-    #[arg(value_name = "F.jsonl")]
+    #[arg(value_name = "F.jsonl|F.parquet")]
     eval_data: PathBuf = PathBuf::new(), "Rows to evaluate on";
     #[arg(value_enum)]
     eval_strategy: Strategy = Strategy::Steps, "When to evaluate; once at the end always [default: steps]";
@@ -264,6 +265,15 @@ fn parse_targets(text: &str) -> Result<TargetModules, std::convert::Infallible> 
     Ok(TargetModules::Names(names.map(str::to_owned).collect()))
 }
 
+fn needed(flag: &str, path: &Path) -> Result<(), UsageError> {
+    match path.as_os_str().is_empty() {
+        true => Err(UsageError::Usage(format!(
+            "{flag} is missing\nhint: pipit-distill sft --help shows an example"
+        ))),
+        false => Ok(()),
+    }
+}
+
 /// Reads a TOML file of options; an unknown key is refused with the nearest name.
 pub fn read_toml(path: &Path) -> Result<SftOptions, UsageError> {
     let bad = |why: String| UsageError::Config(path.to_path_buf(), why);
@@ -302,7 +312,8 @@ impl SftOptions {
                     "{flag} cannot be given with --adapter, which decides it"
                 )));
             }
-            if !method.takes(key) && !(stored && self.method.is_none()) {
+            let decided = stored && self.method.is_none();
+            if !method.takes(key) && !decided {
                 return Err(UsageError::Usage(format!(
                     "{flag} is not for --method {}\nhint: leave it out, or choose another method",
                     method.name()
@@ -329,16 +340,8 @@ impl SftConfig {
     /// Refuses values that cannot be meant.
     pub fn check(&self) -> Result<(), UsageError> {
         let usage = |text: String| Err(UsageError::Usage(text));
-        for (flag, path) in [
-            ("--model", &self.model),
-            ("--data", &self.data),
-            ("--output-dir (-o)", &self.output_dir),
-        ] {
-            if path.as_os_str().is_empty() {
-                return usage(format!(
-                    "{flag} is missing\nhint: pipit-distill sft --help shows an example"
-                ));
-            }
+        for (flag, path) in [("--model", &self.model), ("--data", &self.data)] {
+            needed(flag, path)?;
         }
         for (flag, value) in [
             ("--per-device-train-batch-size", self.per_device_train_batch_size),
@@ -404,6 +407,11 @@ impl SftConfig {
                 "--lr-scheduler-type constant has no warm-up\nhint: constant_with_warmup has one".into(),
             );
         }
+        if self.as_served && !self.model.is_file() {
+            return usage(
+                "--as-served needs a GGUF file as --model: what a folder becomes is not known yet".into(),
+            );
+        }
         if self.bnb_4bit_quant_type == QuantType::Fp4 {
             return usage(
                 "--bnb-4bit-quant-type fp4 is not built\nhint: nf4 is, and closer to a model's weights"
@@ -416,6 +424,11 @@ impl SftConfig {
             );
         }
         Ok(())
+    }
+
+    /// Refuses a run that has no folder to go to.
+    pub fn check_output(&self) -> Result<(), UsageError> {
+        needed("--output-dir (-o)", &self.output_dir)
     }
 
     /// The number of steps, and of those that warm up. `of_epochs` says how many steps so many passes over the data are.

@@ -7,17 +7,23 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
 use pipit_convert::output::{OutputDir, write_file};
-use serde::Serialize;
-use serde_json::{Value, json};
+use serde_json::json;
 
-use super::options::SftConfig;
 use crate::data::Sample;
 use crate::trainer::{TrainError, checkpoint};
 
 const CONFIG: &str = "config.resolved.toml";
-const METRICS: &str = "metrics.jsonl";
 const BAD_BATCH: &str = "bad-batch.json";
 const SUMMARY: &str = "summary.json";
+/// What a run writes before it has a result: none of it is worth keeping for itself.
+const BEFORE_RESULT: [&str; 6] = [
+    CONFIG,
+    "plan.json",
+    "metrics.jsonl",
+    "samples.jsonl",
+    "report.html",
+    BAD_BATCH,
+];
 
 /// Refuses a folder that holds work: it may be the work of hours. What a run has left that came to no checkpoint is
 /// none.
@@ -35,7 +41,7 @@ pub(super) fn refuse_existing(path: &Path) -> anyhow::Result<()> {
             path.display()
         );
     }
-    let is_work = |name: &str| ![CONFIG, METRICS, BAD_BATCH].contains(&name) && !is_part(name);
+    let is_work = |name: &str| !BEFORE_RESULT.contains(&name) && !is_part(name);
     let holds_work = !path.is_dir()
         || std::fs::read_dir(path)?
             .flatten()
@@ -54,19 +60,18 @@ fn is_part(name: &str) -> bool {
     name.starts_with('.') && name.ends_with(".part")
 }
 
-/// A run's folder while the run goes on: `config.resolved.toml`, `metrics.jsonl`, `checkpoint-N/`, then
-/// `samples.jsonl`, the result, and `summary.json`.
+/// A run's folder while the run goes on: `config.resolved.toml`, what [`RunLog`](super::log::RunLog) writes,
+/// `checkpoint-N/`, then the result.
 #[derive(Debug)]
 pub(super) struct RunDir {
     path: PathBuf,
-    metrics: File,
     /// The folder itself, locked: two runs do not write into one.
     _lock: File,
 }
 
 impl RunDir {
     /// Starts the folder. What an earlier run has left that came to no checkpoint is removed.
-    pub(super) fn create(path: &Path, config: &SftConfig) -> anyhow::Result<Self> {
+    pub(super) fn create(path: &Path, settings: &str) -> anyhow::Result<Self> {
         let cannot = || format!("cannot make {}", path.display());
         match std::fs::create_dir(path) {
             Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
@@ -74,36 +79,21 @@ impl RunDir {
         }
         let lock = lock(path)?;
         refuse_existing(path)?;
-        clear(path, &[CONFIG, METRICS, BAD_BATCH]).with_context(cannot)?;
-        write_config(path, config).with_context(cannot)?;
-        let metrics = File::create(path.join(METRICS)).with_context(cannot)?;
-        Ok(Self {
-            path: path.to_path_buf(),
-            metrics,
-            _lock: lock,
-        })
+        Self::start(path, lock, settings, &BEFORE_RESULT).with_context(cannot)
     }
 
-    /// Goes on with a folder after `step`: what was written of later steps is removed, checkpoints excepted.
-    pub(super) fn resume(path: &Path, config: &SftConfig, step: usize) -> anyhow::Result<Self> {
-        let cannot = || format!("cannot go on in {}", path.display());
+    /// Goes on with a folder.
+    pub(super) fn resume(path: &Path, settings: &str) -> anyhow::Result<Self> {
         let lock = lock(path)?;
-        clear(path, &[BAD_BATCH]).with_context(cannot)?;
-        write_config(path, config).with_context(cannot)?;
-        let metrics = path.join(METRICS);
-        let old = match std::fs::read(&metrics) {
-            Err(e) if e.kind() == io::ErrorKind::NotFound => Vec::new(),
-            read => read.with_context(cannot)?,
-        };
-        let kept: Vec<&[u8]> = old
-            .split_inclusive(|byte| *byte == b'\n')
-            .filter(|line| is_upto(line, step))
-            .collect();
-        write_file(&metrics, &kept.concat()).with_context(cannot)?;
-        let metrics = File::options().append(true).open(&metrics).with_context(cannot)?;
+        Self::start(path, lock, settings, &[BAD_BATCH])
+            .with_context(|| format!("cannot go on in {}", path.display()))
+    }
+
+    fn start(path: &Path, lock: File, settings: &str, old: &[&str]) -> io::Result<Self> {
+        clear(path, old)?;
+        write_file(&path.join(CONFIG), settings.as_bytes())?;
         Ok(Self {
             path: path.to_path_buf(),
-            metrics,
             _lock: lock,
         })
     }
@@ -111,11 +101,6 @@ impl RunDir {
     /// The folder.
     pub(super) fn path(&self) -> &Path {
         &self.path
-    }
-
-    /// Appends a line to `metrics.jsonl`.
-    pub(super) fn metrics(&mut self, value: &impl Serialize) -> io::Result<()> {
-        write_line(&mut self.metrics, value)
     }
 
     /// Says what a run that stopped has left, and how to go on. The batch that broke the numbers is written down, to look
@@ -171,21 +156,13 @@ impl RunDir {
         Ok(File::open(&self.path)?.sync_all()?)
     }
 
-    /// Writes `summary.json`: the run is whole.
-    pub(super) fn finish(&self, summary: &impl Serialize) -> io::Result<()> {
-        self.metrics.sync_all()?;
-        let mut text = serde_json::to_string_pretty(summary)?;
-        text.push('\n');
-        write_file(&self.path.join(SUMMARY), text.as_bytes())
-    }
-
     /// Removes the folder after an error, unless there is something in it to look at or to go on from.
     pub(super) fn leave(self) -> io::Result<()> {
         let bad = self.path.join(BAD_BATCH).exists();
         if bad || !checkpoint::list(&self.path)?.is_empty() {
             return Ok(());
         }
-        clear(&self.path, &[CONFIG, METRICS])?;
+        clear(&self.path, &BEFORE_RESULT)?;
         std::fs::remove_dir(&self.path)
     }
 }
@@ -197,12 +174,6 @@ fn lock(path: &Path) -> anyhow::Result<File> {
         anyhow::bail!("{}: another process is training this run", path.display());
     }
     Ok(file)
-}
-
-fn write_config(path: &Path, config: &SftConfig) -> io::Result<()> {
-    let table = config.resolved().map_err(io::Error::other)?;
-    let text = toml::to_string(&table).map_err(io::Error::other)?;
-    write_file(&path.join(CONFIG), text.as_bytes())
 }
 
 /// Removes these files, and whatever was being written when a process was killed.
@@ -220,19 +191,4 @@ fn clear(path: &Path, files: &[&str]) -> io::Result<()> {
         }
     }
     Ok(())
-}
-
-/// Whether a line of `metrics.jsonl` is whole and speaks of a step up to this one.
-fn is_upto(line: &[u8], step: usize) -> bool {
-    let value: Option<Value> = serde_json::from_slice(line)
-        .ok()
-        .filter(|_| line.ends_with(b"\n"));
-    value.is_some_and(|value| value["step"].as_u64().is_some_and(|at| at as usize <= step))
-}
-
-/// Appends one JSON object as a line.
-pub(super) fn write_line(file: &mut impl io::Write, value: &impl Serialize) -> io::Result<()> {
-    let mut line = serde_json::to_vec(value)?;
-    line.push(b'\n');
-    file.write_all(&line)
 }

@@ -6,18 +6,22 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::Context as _;
 use serde::Serialize;
-use serde_json::json;
 
+use super::log::RunLog;
 use super::options::{Method, SftConfig, SftOptions, read_toml};
+use super::plan;
 use super::resume::Resume;
-use super::run::{RunDir, refuse_existing, write_line};
+use super::run::{RunDir, refuse_existing};
 use super::{Output, UsageError, adapter};
 use crate::adapter::Adapter;
-use crate::data::{DataReport, Encoder, Prompt, ReadRow, Sample, read_rows};
+use crate::card::{Base, Card};
+use crate::data::{DataReport, Encoder, Prompt, Rows, Sample, read_rows};
 use crate::evaluate::{Answer, answers};
 use crate::export::save_checkpoint;
+use crate::memory;
 use crate::model::{Keep, Model};
 use crate::optimizer::AdamWOptions;
+use crate::plan::{DataFile, Plan};
 use crate::rollout::Stop;
 use crate::trainer::{
     Checkpoints, Event, LearnerOptions, Outcome, Sampler, Sampling, TrainError, TrainOptions, When, train,
@@ -57,54 +61,108 @@ struct Summary<'a> {
     parameters: usize,
     #[serde(flatten)]
     outcome: &'a Outcome,
+    /// The most memory that the program took, in bytes; Linux only.
+    peak_memory_bytes: Option<u64>,
+    /// The same as it was estimated before.
+    planned_memory_bytes: u64,
+    data_file: &'a DataFile,
     data: &'a DataReport,
+    eval_file: Option<&'a DataFile>,
     eval_data: Option<&'a DataReport>,
     version: &'a str,
 }
 
+impl<'a> Summary<'a> {
+    fn of(config: &'a SftConfig, plan: &'a Plan, outcome: &'a Outcome) -> Self {
+        Self {
+            model: &config.model,
+            method: config.method,
+            output_dir: &config.output_dir,
+            trained_parameters: plan.parameters.trained,
+            parameters: plan.parameters.model,
+            outcome,
+            peak_memory_bytes: memory::resident().map(|resident| resident.peak),
+            planned_memory_bytes: plan.memory.peak_bytes,
+            data_file: &plan.data_file,
+            data: &plan.data,
+            eval_file: plan.eval_file.as_ref(),
+            eval_data: plan.eval_data.as_ref(),
+            version: env!("CARGO_PKG_VERSION"),
+        }
+    }
+}
+
 /// Everything that is read before training starts.
-struct Prepared {
-    model: Model,
+pub(super) struct Prepared {
+    pub(super) model: Model,
     adapter: Option<Adapter>,
     encoder: Encoder,
-    samples: Vec<Sample>,
-    report: DataReport,
+    pub(super) samples: Vec<Sample>,
+    pub(super) report: DataReport,
     eval_samples: Vec<Sample>,
-    eval_report: Option<DataReport>,
+    pub(super) eval_report: Option<DataReport>,
     prompts: Vec<Prompt>,
+    /// The values of the column `language`.
+    languages: Vec<String>,
+    /// What the checkpoint says of itself.
+    base: Base,
+}
+
+/// A run that is ready to start.
+struct Job<'a> {
+    config: &'a SftConfig,
+    prepared: &'a Prepared,
+    options: &'a TrainOptions,
+    plan: &'a Plan,
+}
+
+/// What is asked for.
+pub(super) struct Asked {
+    pub(super) config: SftConfig,
+    /// The run that goes on.
+    resume: Option<Resume>,
+    /// Whether the method was chosen, and is not the default.
+    pub(super) method_is_given: bool,
+}
+
+impl Args {
+    /// The options with the values of the file, of the run that goes on, and the defaults.
+    pub(super) fn resolve(self, output: Output) -> anyhow::Result<Asked> {
+        let file = self.config.as_deref().map(read_toml).transpose()?;
+        let given = self.options.or(file.unwrap_or_default());
+        let method_is_given = given.method.is_some();
+        let Some(run) = &given.resume_from_checkpoint else {
+            given.check()?;
+            return Ok(Asked {
+                config: given.resolve(SftOptions::default()),
+                resume: None,
+                method_is_given,
+            });
+        };
+        let resume = Resume::find(run)?;
+        let (config, changes) = resume.settings(given)?;
+        if !output.quiet {
+            for change in changes {
+                eprintln!("warning: {change}: the result is not that of a run without a stop");
+            }
+        }
+        Ok(Asked {
+            config,
+            resume: Some(resume),
+            method_is_given,
+        })
+    }
 }
 
 /// Runs the subcommand.
 pub fn run(args: Args, output: Output) -> anyhow::Result<()> {
-    let file = args
-        .config
-        .as_deref()
-        .map(read_toml)
-        .transpose()?
-        .unwrap_or_default();
-    let given = args.options.or(file);
-    let resume = given
-        .resume_from_checkpoint
-        .as_deref()
-        .map(Resume::find)
-        .transpose()?;
-    let method_is_given = given.method.is_some();
-    let mut config = match &resume {
-        Some(resume) => {
-            let (config, changes) = resume.settings(given)?;
-            if !output.quiet {
-                for change in changes {
-                    eprintln!("warning: {change}: the result is not that of a run without a stop");
-                }
-            }
-            config
-        }
-        None => {
-            given.check()?;
-            given.resolve(SftOptions::default())
-        }
-    };
+    let Asked {
+        mut config,
+        resume,
+        method_is_given,
+    } = args.resolve(output)?;
     config.check()?;
+    config.check_output()?;
     let stop = Arc::new(AtomicBool::new(false));
     let on_signal = stop.clone();
     ctrlc::set_handler(move || on_signal.store(true, Ordering::Relaxed))
@@ -126,37 +184,30 @@ fn sft(
     let prepared = prepare(config, method_is_given, output)?;
     let config = &*config;
     let options = train_options(config, &prepared.samples);
-    let trained: usize = prepared
-        .model
-        .trained()
-        .iter()
-        .map(|(_, var)| var.elem_count())
-        .sum();
-    check_space(config, &options, trained)?;
+    let plan = plan::of(config, &prepared, &options)?;
+    check_space(config, &options, plan.parameters.trained)?;
+    plan::warn(&plan, output);
     if !output.quiet {
-        eprintln!(
-            "{} rows, {} tokens ({} trained on); {trained} of {} parameters are trained; {} steps",
-            prepared.report.used,
-            prepared.report.tokens,
-            prepared.report.trained_tokens,
-            prepared.model.parameters(),
-            options.steps
-        );
+        eprint!("{}", plan.text());
     }
-    let mut run = match &resume {
+    let settings = toml::to_string(&config.resolved()?)?;
+    let run = match &resume {
         Some(resume) => {
             if !output.quiet {
-                eprintln!(
-                    "going on after step {} of {}",
-                    resume.step,
-                    resume.checkpoint.display()
-                );
+                let checkpoint = resume.checkpoint.display();
+                eprintln!("going on after step {} of {checkpoint}", resume.step);
             }
-            RunDir::resume(&config.output_dir, config, resume.step)?
+            RunDir::resume(&config.output_dir, &settings)?
         }
-        None => RunDir::create(&config.output_dir, config)?,
+        None => RunDir::create(&config.output_dir, &settings)?,
     };
-    let done = train_and_save(config, &prepared, &options, resume, output, stop, &mut run);
+    let job = Job {
+        config,
+        prepared: &prepared,
+        options: &options,
+        plan: &plan,
+    };
+    let done = train_and_save(&job, resume, output, stop, &run);
     if done.is_err() {
         run.leave()
             .with_context(|| format!("cannot tidy {} up", config.output_dir.display()))?;
@@ -166,15 +217,27 @@ fn sft(
 
 /// The run itself, from the first step to `summary.json`.
 fn train_and_save(
-    config: &SftConfig,
-    prepared: &Prepared,
-    options: &TrainOptions,
+    job: &Job<'_>,
     resume: Option<Resume>,
     output: Output,
     stop: &AtomicBool,
-    run: &mut RunDir,
+    run: &RunDir,
 ) -> anyhow::Result<()> {
-    let Prepared { model, encoder, .. } = prepared;
+    let Job {
+        config,
+        prepared,
+        options,
+        plan,
+    } = *job;
+    let model = &prepared.model;
+    let cannot = || format!("cannot write {}", config.output_dir.display());
+    let name = config
+        .output_dir
+        .file_name()
+        .unwrap_or_default()
+        .to_string_lossy();
+    let done = resume.as_ref().map_or(0, |resume| resume.step);
+    let mut log = RunLog::start(run.path(), &name, plan, done).with_context(cannot)?;
     let export = |dir: &Path| match &prepared.adapter {
         Some(adapter) => adapter.save(model, dir).map_err(Into::into),
         None => save_checkpoint(model, &config.model, dir).map_err(Into::into),
@@ -220,11 +283,12 @@ fn train_and_save(
                         metrics.seconds / metrics.step as f64 * (options.steps - metrics.step) as f64
                     );
                 }
-                run.metrics(&metrics)
+                log.metrics(&metrics)
             }
             Event::Evaluation(step, loss) => {
                 say(format!("step {step}  eval loss {loss:.4}"));
-                run.metrics(&json!({"step": step, "eval_loss": loss}))
+                let answers = prepared.answers().map_err(std::io::Error::other)?;
+                log.evaluation(step, loss, &answers)
             }
             Event::Saved(step) => {
                 tracing::info!("step {step}: a checkpoint is saved");
@@ -239,42 +303,28 @@ fn train_and_save(
         },
     );
     bar.finish_and_clear();
-    let cannot = || format!("cannot write {}", config.output_dir.display());
     let outcome = match result {
         Ok(outcome) => outcome,
         Err(TrainError::Tell(e)) => return Err(e).with_context(cannot),
         Err(error) => return Err(run.explain(&config.data, error)),
     };
 
-    let longest = model.longest();
-    let samples: Vec<Answer> = answers(
-        model,
-        &prepared.prompts,
-        &Stop::within(encoder.eos(), SAMPLE_TOKENS, longest, &prepared.prompts),
-        |ids| encoder.decode(ids),
-    )?;
+    let card = Card {
+        name: &name,
+        base: &prepared.base,
+        adapter: prepared.adapter.is_some(),
+        languages: &prepared.languages,
+        plan,
+        outcome: &outcome,
+        settings: &toml::to_string(&config.resolved()?)?,
+    };
     run.publish(|dir| {
-        let mut file = std::io::BufWriter::new(std::fs::File::create(dir.join("samples.jsonl"))?);
-        for answer in &samples {
-            write_line(&mut file, answer)?;
-        }
-        std::io::Write::flush(&mut file)?;
+        std::fs::write(dir.join("README.md"), card.markdown())?;
         export(dir).map_err(anyhow::Error::from_boxed)
     })
     .with_context(cannot)?;
-    let trained = model.trained().iter().map(|(_, var)| var.elem_count()).sum();
-    let summary = Summary {
-        model: &config.model,
-        method: config.method,
-        output_dir: &config.output_dir,
-        trained_parameters: trained,
-        parameters: model.parameters(),
-        outcome: &outcome,
-        data: &prepared.report,
-        eval_data: prepared.eval_report.as_ref(),
-        version: env!("CARGO_PKG_VERSION"),
-    };
-    run.finish(&summary).with_context(cannot)?;
+    let summary = Summary::of(config, plan, &outcome);
+    log.finish(&summary).with_context(cannot)?;
     if output.json {
         println!("{}", serde_json::to_string(&summary)?);
     } else {
@@ -295,7 +345,22 @@ fn train_and_save(
     Ok(())
 }
 
-fn prepare(config: &mut SftConfig, method_is_given: bool, output: Output) -> anyhow::Result<Prepared> {
+impl Prepared {
+    /// Greedy answers to some of the held-out rows.
+    fn answers(&self) -> anyhow::Result<Vec<Answer>> {
+        let longest = self.model.longest();
+        let stop = Stop::within(self.encoder.eos(), SAMPLE_TOKENS, longest, &self.prompts);
+        Ok(answers(&self.model, &self.prompts, &stop, |ids| {
+            self.encoder.decode(ids)
+        })?)
+    }
+}
+
+pub(super) fn prepare(
+    config: &mut SftConfig,
+    method_is_given: bool,
+    output: Output,
+) -> anyhow::Result<Prepared> {
     let keep = match config.method {
         Method::Full => Keep::Trained,
         Method::Lora | Method::Prompt | Method::Prefix => Keep::Frozen,
@@ -327,25 +392,24 @@ fn prepare(config: &mut SftConfig, method_is_given: bool, output: Output) -> any
             "--num-virtual-tokens leaves no room for a sequence".into()
         ));
     }
-    let (_, samples, report) = read(&encoder, &config.data, None, config.max_length, output)?;
+    let (rows, samples, report) = read(&encoder, &config.data, None, config.max_length)?;
+    output.warn(&config.data, &report);
+    let languages = languages(&rows);
     let (mut eval_samples, mut eval_report, mut prompts) = (Vec::new(), None, Vec::new());
     if !config.eval_data.as_os_str().is_empty() {
         let path = &config.eval_data;
-        let (rows, samples, report) = read(
-            &encoder,
-            path,
-            Some(config.max_eval_samples),
-            config.max_length,
-            output,
-        )?;
-        for row in rows.iter().flatten() {
+        let limit = Some(config.max_eval_samples);
+        let (rows, eval, mut report) = read(&encoder, path, limit, config.max_length)?;
+        report.find_leaks(&eval, &samples);
+        output.warn(path, &report);
+        for row in rows.rows.iter().flatten() {
             let prompt = encoder.prompt(path, row)?.filter(|prompt| !prompt.ids.is_empty());
             prompts.extend(prompt.filter(|prompt| prompt.ids.len() < longest));
             if prompts.len() == SAMPLES {
                 break;
             }
         }
-        (eval_samples, eval_report) = (samples, Some(report));
+        (eval_samples, eval_report) = (eval, Some(report));
     }
     Ok(Prepared {
         model,
@@ -356,28 +420,35 @@ fn prepare(config: &mut SftConfig, method_is_given: bool, output: Output) -> any
         eval_samples,
         eval_report,
         prompts,
+        languages,
+        base: Base::read(&config.model).with_context(|| format!("cannot read {}", config.model.display()))?,
     })
 }
 
-/// The rows of a file, as they are and as samples, with a warning for what was left out.
+/// The rows of a file, as they are and as samples.
 fn read(
     encoder: &Encoder,
     path: &Path,
     limit: Option<usize>,
     max_length: usize,
-    output: Output,
-) -> anyhow::Result<(Vec<ReadRow>, Vec<Sample>, DataReport)> {
+) -> anyhow::Result<(Rows, Vec<Sample>, DataReport)> {
     let rows = read_rows(path, limit)?;
     let (samples, report) = encoder.samples(path, &rows, max_length)?;
-    if !output.quiet {
-        for warning in report.warnings() {
-            eprintln!("warning: {}: {warning}", path.display());
-        }
-    }
     Ok((rows, samples, report))
 }
 
-fn train_options(config: &SftConfig, samples: &[Sample]) -> TrainOptions {
+/// The values of the column `language`, sorted.
+fn languages(rows: &Rows) -> Vec<String> {
+    let values = rows
+        .rows
+        .iter()
+        .flatten()
+        .filter_map(|row| row.columns.get("language")?.as_str());
+    let values: std::collections::BTreeSet<&str> = values.collect();
+    values.into_iter().map(str::to_owned).collect()
+}
+
+pub(super) fn train_options(config: &SftConfig, samples: &[Sample]) -> TrainOptions {
     let batch_size = config.per_device_train_batch_size;
     let sampling = Sampling {
         batch_size,

@@ -14,8 +14,8 @@ use super::parts::QkvBias;
 use super::qwen3::Qwen3Block;
 use super::source::Source;
 use super::{
-    Architecture, Config, Embedding, Head, KvCache, Linear, Mode, ModelError, Parameter, VirtualTokens,
-    Weight,
+    Architecture, Config, Embedding, Head, KvCache, Linear, Mode, ModelError, Parameter, QuantizedRows,
+    VirtualTokens, Weight,
 };
 use crate::batch::{Batch, positions};
 
@@ -115,21 +115,22 @@ impl Model {
             .chain(head)
     }
 
-    /// The number of the checkpoint's weights, quantised ones too.
-    pub fn parameters(&self) -> usize {
-        let dense: usize = self
-            .weights()
-            .map(|weight| weight.get(Mode::INFERENCE).elem_count())
-            .sum();
-        let matrices = self.linears().map(|linear| &linear.weight);
-        let matrices = matrices
+    /// The matrices of the checkpoint that stay quantised blocks.
+    pub fn quantized(&self) -> impl Iterator<Item = &dyn QuantizedRows> {
+        let linears = self.linears().map(|linear| &linear.weight);
+        let matrices = linears
             .chain([&self.embed_tokens.weight])
             .chain(&self.head.weight);
-        let quantized = matrices.filter(|weight| weight.dense().is_none());
-        dense
-            + quantized
-                .map(|weight| weight.dims().iter().product::<usize>())
-                .sum::<usize>()
+        matrices.filter_map(Weight::quantized)
+    }
+
+    /// The number of the checkpoint's weights, quantised ones too.
+    pub fn parameters(&self) -> usize {
+        let dense = self
+            .weights()
+            .map(|weight| weight.get(Mode::INFERENCE).elem_count());
+        let quantized = self.quantized().map(|rows| rows.dims().iter().product::<usize>());
+        dense.sum::<usize>() + quantized.sum::<usize>()
     }
 
     /// Every trained tensor with its name: weights by their name in the checkpoint, adapters by PEFT's

@@ -102,6 +102,14 @@ impl Weight {
         }
     }
 
+    /// The quantised blocks, where they stay as they are.
+    pub fn quantized(&self) -> Option<&dyn QuantizedRows> {
+        match self {
+            Self::Dense(_) => None,
+            Self::Quantized(rows) => Some(rows.as_ref()),
+        }
+    }
+
     /// The variable, where the matrix is trained.
     pub fn var(&self) -> Option<&Var> {
         self.dense()?.var()

@@ -110,10 +110,7 @@ impl Workplace {
 
     /// Runs and expects this exit code, this text on standard error, and nothing left behind.
     pub(crate) fn refused(&self, code: i32, text: &str, output: &Output) {
-        let error = String::from_utf8_lossy(&output.stderr);
-        assert_eq!(output.status.code(), Some(code), "{error}");
-        assert!(error.contains(text), "{text:?} is not in: {error}");
-        assert_eq!(error.matches("error:").count(), 1, "{error}");
+        failed(code, text, output);
         let left: Vec<_> = fs::read_dir(self.dir.path())
             .unwrap()
             .map(|e| e.unwrap().file_name())
@@ -133,4 +130,12 @@ pub(crate) fn succeeded(output: &Output) -> String {
         String::from_utf8_lossy(&output.stderr)
     );
     String::from_utf8(output.stdout.clone()).unwrap()
+}
+
+/// Expects this exit code, and one error with this text on standard error.
+pub(crate) fn failed(code: i32, text: &str, output: &Output) {
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(code), "{error}");
+    assert!(error.contains(text), "{text:?} is not in: {error}");
+    assert_eq!(error.matches("error:").count(), 1, "{error}");
 }

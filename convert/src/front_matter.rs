@@ -11,12 +11,12 @@ const MAX_BYTES: usize = 1 << 20;
 
 /// What a card says, or nothing.
 #[derive(Debug, Default)]
-pub(super) struct Card(Map<String, Json>);
+pub struct FrontMatter(Map<String, Json>);
 
-impl Card {
+impl FrontMatter {
     /// Reads the card of a folder. A card that does not parse is warned of and says nothing: it is for people,
     /// and the model does not depend on it.
-    pub(super) fn of_folder(dir: &Path) -> std::io::Result<Self> {
+    pub fn of_folder(dir: &Path) -> std::io::Result<Self> {
         let path = dir.join("README.md");
         if !path.is_file() {
             return Ok(Self::default());
@@ -29,7 +29,7 @@ impl Card {
     }
 
     /// The front matter of a card's text.
-    pub(super) fn parse(text: &str) -> Result<Self, String> {
+    pub fn parse(text: &str) -> Result<Self, String> {
         let mut lines = text.lines();
         if lines.next() != Some("---") {
             return Ok(Self::default());
@@ -53,18 +53,18 @@ impl Card {
     }
 
     /// The text of the first of `keys` that the card has.
-    pub(super) fn text(&self, keys: &[&str]) -> Option<String> {
+    pub fn text(&self, keys: &[&str]) -> Option<String> {
         keys.iter().find_map(|key| text(self.0.get(*key)?))
     }
 
     /// All texts under all of `keys`, which hold one each or a list.
-    pub(super) fn texts(&self, keys: &[&str]) -> Vec<String> {
+    pub fn texts(&self, keys: &[&str]) -> Vec<String> {
         let values = keys.iter().flat_map(|key| list(self.0.get(*key)));
         values.filter_map(text).collect()
     }
 
     /// The entries under the first of `keys` that the card has: one, or a list.
-    pub(super) fn entries(&self, keys: &[&str]) -> Vec<&Json> {
+    pub fn entries(&self, keys: &[&str]) -> Vec<&Json> {
         let value = keys.iter().find_map(|key| self.0.get(*key));
         list(value).collect()
     }
@@ -80,7 +80,7 @@ fn list(value: Option<&Json>) -> impl Iterator<Item = &Json> {
 }
 
 /// A scalar as text.
-pub(super) fn text(value: &Json) -> Option<String> {
+pub fn text(value: &Json) -> Option<String> {
     match value {
         Json::String(text) if text.is_empty() => None,
         Json::String(text) => Some(text.clone()),
