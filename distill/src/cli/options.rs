@@ -62,8 +62,7 @@ impl Method {
 }
 
 /// The options that say what an adapter looks like, by method.
-const LORA: [&str; 17] = [
-    "as_served",
+const LORA: [&str; 16] = [
     "r",
     "lora_alpha",
     "lora_dropout",
@@ -405,11 +404,6 @@ impl SftConfig {
         {
             return usage(
                 "--lr-scheduler-type constant has no warm-up\nhint: constant_with_warmup has one".into(),
-            );
-        }
-        if self.as_served && !self.model.is_file() {
-            return usage(
-                "--as-served needs a GGUF file as --model: what a folder becomes is not known yet".into(),
             );
         }
         if self.bnb_4bit_quant_type == QuantType::Fp4 {
