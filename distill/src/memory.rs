@@ -1,6 +1,6 @@
 //! Memory of a training run: by part, estimated beforehand, and what the system counts.
 //!
-//! The estimate counts what the forward pass keeps for the backward pass, tensor by tensor of `model`, in f32.
+//! The estimate counts what the forward pass keeps for the backward pass, in f32.
 //! docs/train/report.md compares it with real runs.
 
 use serde::{Deserialize, Serialize};
@@ -17,10 +17,8 @@ pub struct Sizes {
     pub hidden: usize,
     /// The width of the feed-forward layer.
     pub intermediate: usize,
-    /// The width of all queries.
-    pub queries: usize,
-    /// The width of all keys, and of all values.
-    pub keys: usize,
+    /// Numbers that all blocks together keep for each row.
+    pub kept: usize,
     /// Tokens that the output layer knows.
     pub vocabulary: usize,
     /// Bytes of the frozen and trained weights of the checkpoint.
@@ -29,12 +27,10 @@ pub struct Sizes {
     pub trained_weights: u64,
     /// Numbers of adapters.
     pub adapters: u64,
-    /// The sum of the adapters' ranks over all layers.
-    pub ranks: usize,
     /// Whether the embedding is trained and is the output layer too: it gets two gradients, which are added.
     pub tied_and_trained: bool,
-    /// Tokens of the largest forward pass.
-    pub tokens: usize,
+    /// Rows of the largest forward pass: its tokens, virtual ones among them.
+    pub rows: usize,
     /// Whether activations are computed again in the backward pass: of each block its input is kept, and all only of
     /// the block at hand.
     pub recompute: bool,
@@ -68,28 +64,22 @@ pub struct MemoryPlan {
 }
 
 impl Sizes {
-    /// Numbers that one block keeps for each token: of two norms, queries, keys (before and after their rotation),
-    /// values, attention, its projection and sum, gate, up, their product, its projection and sum.
-    fn kept_per_block(&self) -> usize {
-        6 * self.hidden + 3 * self.queries + 3 * self.keys + 3 * self.intermediate
-    }
-
     /// The memory of a run of these sizes in a program that takes `program` bytes beside its weights, and took
     /// `loading` bytes at most so far.
     pub fn plan(&self, program: u64, loading: u64) -> MemoryPlan {
-        let tokens = self.tokens as u64;
+        let rows = self.rows as u64;
         let of_blocks = match self.recompute {
-            false => self.layers * self.kept_per_block() + self.ranks,
-            true => self.layers * self.hidden + self.kept_per_block() + self.ranks / self.layers.max(1),
+            false => self.kept,
+            true => self.layers * self.hidden + self.kept / self.layers.max(1),
         };
         // The embedding's result and the last norm's stand beside the blocks.
-        let per_token = of_blocks + 2 * self.hidden;
+        let per_row = of_blocks + 2 * self.hidden;
         let trained = self.trained_weights + self.adapters;
         let copies = if self.accumulation { 2 } else { 1 };
         let embedding = (self.vocabulary * self.hidden) as u64;
-        let logits = (self.loss_chunk.min(self.tokens) * self.vocabulary) as u64;
+        let logits = (self.loss_chunk.min(self.rows) * self.vocabulary) as u64;
         // The gradients that flow between two layers, and those by the last hidden states.
-        let flowing = tokens * (3 * self.intermediate + 4 * self.hidden) as u64;
+        let flowing = rows * (3 * self.intermediate + 4 * self.hidden) as u64;
         // Two gradients of one embedding, and their sum.
         let adding = if self.tied_and_trained { 2 * embedding } else { 0 };
         let mut plan = MemoryPlan {
@@ -98,7 +88,7 @@ impl Sizes {
             adapters_bytes: F32 * self.adapters,
             gradients_bytes: F32 * trained * copies,
             optimizer_bytes: F32 * trained * 2,
-            activations_bytes: F32 * tokens * per_token as u64,
+            activations_bytes: F32 * rows * per_row as u64,
             working_bytes: F32 * logits.max(flowing).max(adding),
             loading_bytes: loading,
             peak_bytes: 0,
@@ -168,22 +158,19 @@ mod tests {
             layers: 30,
             hidden: 576,
             intermediate: 1536,
-            queries: 576,
-            keys: 192,
+            kept: 10_368 * 30 + 3360,
             vocabulary: 49152,
             weights: 4 * 134_515_008,
             adapters: 4_884_480,
-            ranks: 30 * 7 * 16,
-            tokens: 512,
+            rows: 512,
             loss_chunk: 128,
             ..Sizes::default()
         };
         let plan = lora.plan(0, 0);
         assert_eq!(plan.gradients_bytes, plan.adapters_bytes);
         assert_eq!(plan.optimizer_bytes, 2 * plan.adapters_bytes);
-        // (6·576 + 3·576 + 3·192 + 3·1536)·30 + 2·576 + 3360 numbers for each of 512 tokens.
         assert_eq!(plan.activations_bytes, 4 * 512 * (10_368 * 30 + 1152 + 3360));
-        let longer = Sizes { tokens: 1024, ..lora }.plan(0, 0);
+        let longer = Sizes { rows: 1024, ..lora }.plan(0, 0);
         assert_eq!(longer.activations_bytes, 2 * plan.activations_bytes);
         assert_eq!(longer.weights_bytes, plan.weights_bytes);
         let recomputed = Sizes {

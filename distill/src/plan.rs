@@ -133,7 +133,7 @@ const ADAPTERS: &str = "adapters";
 /// What a tensor does, by its name in the checkpoint or in PEFT.
 fn kind_of(name: &str) -> &'static str {
     let has = |part: &str| name.contains(part);
-    if has("lora_") || has("prompt_") || has("prefix_") {
+    if has("lora_") || has("prompt_") {
         ADAPTERS
     } else if has("norm") {
         "norms"
@@ -163,6 +163,8 @@ pub struct Work {
     pub tokens_seen: usize,
     /// Tokens of the largest forward pass, which takes the most memory.
     pub largest_pass_tokens: usize,
+    /// Rows of the data in that pass.
+    pub largest_pass_rows: usize,
     /// Tokens of the largest step.
     pub largest_step_tokens: usize,
 }
@@ -174,11 +176,15 @@ impl Work {
         for passes in steps {
             let tokens = |pass: &Vec<usize>| pass.iter().map(|i| lengths[*i]).sum::<usize>();
             let step_tokens: usize = passes.iter().map(tokens).sum();
-            let largest = passes.iter().map(tokens).max().unwrap_or(0);
+            for pass in &passes {
+                if tokens(pass) > work.largest_pass_tokens {
+                    work.largest_pass_tokens = tokens(pass);
+                    work.largest_pass_rows = pass.len();
+                }
+            }
             work.steps += 1;
             work.rows_seen += passes.iter().map(Vec::len).sum::<usize>();
             work.tokens_seen += step_tokens;
-            work.largest_pass_tokens = work.largest_pass_tokens.max(largest);
             work.largest_step_tokens = work.largest_step_tokens.max(step_tokens);
         }
         work.epochs = work.rows_seen as f64 / lengths.len().max(1) as f64;
@@ -331,6 +337,7 @@ mod tests {
             rows_seen: 5,
             tokens_seen: 60,
             largest_pass_tokens: 30,
+            largest_pass_rows: 2,
             largest_step_tokens: 35,
         };
         assert_eq!(work, expected);

@@ -6,10 +6,10 @@ use std::sync::atomic::AtomicBool;
 use anyhow::Context as _;
 
 use super::Output;
-use super::options::SftConfig;
+use super::options::{Method, SftConfig};
 use super::sft::{self, Asked, Prepared, train_options};
 use crate::memory::{self, Sizes};
-use crate::model::Mode;
+use crate::model::{Mode, Model};
 use crate::plan::{DataFile, Measured, Parameters, Plan, Work};
 use crate::trainer::{TrainOptions, When, plan_steps, train, with_deep_stack};
 
@@ -80,7 +80,7 @@ pub(super) fn of(config: &SftConfig, prepared: &Prepared, options: &TrainOptions
     );
     let lengths: Vec<usize> = prepared.samples.iter().map(|sample| sample.ids.len()).collect();
     let work = Work::sum(plan_steps(&prepared.samples, options), &lengths);
-    let sizes = sizes(prepared, options, &parameters, &work);
+    let sizes = sizes(config.method, prepared, options, &parameters, &work);
     // What is in memory beside the weights: the program, the tokenizer, the data.
     let held = sizes.weights + 4 * sizes.adapters;
     let resident = memory::resident();
@@ -108,38 +108,68 @@ pub(super) fn of(config: &SftConfig, prepared: &Prepared, options: &TrainOptions
     })
 }
 
-fn sizes(prepared: &Prepared, options: &TrainOptions, parameters: &Parameters, work: &Work) -> Sizes {
+fn sizes(
+    method: Method,
+    prepared: &Prepared,
+    options: &TrainOptions,
+    parameters: &Parameters,
+    work: &Work,
+) -> Sizes {
     let model = &prepared.model;
     let config = model.config();
     let adapters = parameters.kinds.iter().find(|kind| kind.kind == "adapters");
     let adapters = adapters.map_or(0, |kind| kind.trained as u64);
-    let ranks = model
-        .linears()
-        .filter_map(|linear| linear.lora.as_ref())
-        .map(|lora| lora.a.get(Mode::INFERENCE).dims()[0]);
     let dense = model
         .weights()
         .map(|weight| 4 * weight.get(Mode::INFERENCE).elem_count() as u64);
     let weights = dense.chain(model.quantized().map(|rows| rows.bytes() as u64));
+    // A soft prompt stands before every sequence; a prefix is not among the rows.
+    let virtual_rows = match method {
+        Method::Prompt => config.max_position_embeddings - model.longest(),
+        _ => 0,
+    };
     let embedding = "model.embed_tokens.weight";
     let trains_embedding = model.trained().iter().any(|(name, _)| *name == embedding);
     Sizes {
         layers: config.num_hidden_layers,
         hidden: config.hidden_size,
         intermediate: config.intermediate_size,
-        queries: config.num_attention_heads * config.head_dim,
-        keys: config.num_key_value_heads * config.head_dim,
+        kept: kept_per_row(model),
         vocabulary: config.vocab_size,
         weights: weights.sum(),
         trained_weights: parameters.trained as u64 - adapters,
         adapters,
-        ranks: ranks.sum(),
         tied_and_trained: config.tie_word_embeddings && trains_embedding,
-        tokens: work.largest_pass_tokens,
+        rows: work.largest_pass_tokens + work.largest_pass_rows * virtual_rows,
         recompute: options.learner.gradient_checkpointing,
         accumulation: options.sampling.gradient_accumulation_steps > 1,
         loss_chunk: options.loss_chunk,
     }
+}
+
+/// The numbers that the blocks keep for each row until the backward pass: the results of linear layers (once more with
+/// their biases) and of their adapters' first halves, of norms, of rotated queries and keys, of attention, of the
+/// activation, and of the two sums.
+fn kept_per_row(model: &Model) -> usize {
+    let config = model.config();
+    let queries = config.num_attention_heads * config.head_dim;
+    let keys = config.num_key_value_heads * config.head_dim;
+    let linears = model.linears().map(|linear| {
+        let rank = linear
+            .lora
+            .as_ref()
+            .map_or(0, |lora| lora.a.get(Mode::INFERENCE).dims()[0]);
+        linear.weight.dims()[0] * (1 + usize::from(linear.bias.is_some())) + rank
+    });
+    let names = model.weights().map(|weight| weight.name.as_str());
+    let norms = names.filter(|name| name.starts_with("model.layers.") && name.contains("norm"));
+    let norms = norms.map(|name| match name {
+        _ if name.contains("q_norm") => queries,
+        _ if name.contains("k_norm") => keys,
+        _ => config.hidden_size,
+    });
+    let others = 2 * queries + keys + config.intermediate_size + 2 * config.hidden_size;
+    linears.sum::<usize>() + norms.sum::<usize>() + config.num_hidden_layers * others
 }
 
 /// Does the step with the largest forward pass for its memory, then the run's first steps for their time.
