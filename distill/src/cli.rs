@@ -133,18 +133,3 @@ impl Cli {
         }
     }
 }
-
-/// Refuses a GGUF file by name, where a checkpoint folder is needed.
-fn refuse_gguf(model: &Path) -> anyhow::Result<()> {
-    if model
-        .extension()
-        .is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"))
-    {
-        anyhow::bail!(
-            "{}: training and evaluation on a GGUF file are not built yet\nhint: pipit-convert import {} -o FOLDER makes a checkpoint of it",
-            model.display(),
-            model.display()
-        );
-    }
-    Ok(())
-}

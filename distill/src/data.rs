@@ -10,6 +10,7 @@ use std::path::PathBuf;
 
 pub use encode::{Encoder, Prompt, Sample};
 use pipit_convert::checkpoint::CheckpointError;
+use pipit_convert::import::ImportError;
 pub use report::DataReport;
 pub use rows::{Content, ReadRow, Row, Rows, read_rows};
 
@@ -44,6 +45,15 @@ pub enum DataError {
     /// A JSON file of the checkpoint cannot be read.
     #[error(transparent)]
     Json(#[from] CheckpointError),
+    /// The vocabulary of a GGUF file cannot be read.
+    #[error(transparent)]
+    Gguf(#[from] ImportError),
+    /// There is no place for the tokenizer of a GGUF file.
+    #[error("cannot make a temporary folder: {source}")]
+    Scratch {
+        /// What the system said.
+        source: io::Error,
+    },
     /// The tokenizer cannot be loaded, or refuses a text.
     #[error("{path}: {why}")]
     Tokenizer {

@@ -16,8 +16,10 @@ mod norm;
 pub mod ops;
 mod parameter;
 mod parts;
+pub mod quantized;
 mod qwen2;
 mod qwen3;
+mod source;
 mod virtual_tokens;
 mod weight;
 
@@ -31,9 +33,12 @@ pub use decoder::Model;
 pub use embedding::Embedding;
 pub use head::{HEAD, Head};
 pub use linear::Linear;
+pub use load::Keep;
 pub use lora::{EmbeddingLora, Lora, Magnitude};
 pub use parameter::{Mode, Parameter};
 use pipit_convert::checkpoint::CheckpointError;
+use pipit_convert::import::ImportError;
+use pipit_convert::quantize::QuantizeError;
 pub use virtual_tokens::{Prefix, PrefixBlock, Projection, VirtualTokens};
 pub use weight::{QuantizedRows, Weight};
 
@@ -57,6 +62,35 @@ pub enum ModelError {
     /// The folder cannot be read as a checkpoint.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
+    /// The GGUF file cannot be read as a checkpoint.
+    #[error(transparent)]
+    Gguf(#[from] ImportError),
+    /// All weights of a GGUF file are to be trained.
+    #[error(
+        "{path}: the blocks of a GGUF file cannot be trained\nhint: --method lora trains an adapter over them; pipit-convert import {path} -o FOLDER makes a checkpoint for --method full"
+    )]
+    Blocks {
+        /// The file.
+        path: PathBuf,
+    },
+    /// A tensor of a GGUF file cannot be turned into numbers.
+    #[error("{path}: tensor {tensor}: {source}")]
+    Unreadable {
+        /// The file.
+        path: PathBuf,
+        /// The tensor, by its name in a checkpoint.
+        tensor: String,
+        /// Why.
+        source: QuantizeError,
+    },
+    /// A tensor that has to be a matrix is none.
+    #[error("{path}: tensor {tensor} is no matrix")]
+    NoMatrix {
+        /// The folder or file.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+    },
     /// The model is of an architecture that cannot be trained here.
     #[error("{path}: model_type {found:?} cannot be trained\nhint: {}", instead_of(.found))]
     Architecture {

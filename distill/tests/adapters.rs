@@ -87,9 +87,11 @@ fn pefts_gradient(name: &str, grads: &BTreeMap<String, Tensor>, kv: usize) -> Te
         .split_once(".layers.")
         .filter(|(start, _)| start.contains("prompt"))
     else {
-        return match name {
-            "prompt_embeddings" => whole("prompt_encoder.embedding.weight"),
-            name => whole(name),
+        return match name.strip_suffix(".bias") {
+            // PEFT puts a layer with an adapter around the layer that has the bias.
+            Some(module) if !grads.contains_key(name) => whole(&format!("{module}.base_layer.bias")),
+            _ if name == "prompt_embeddings" => whole("prompt_encoder.embedding.weight"),
+            _ => whole(name),
         };
     };
     let start = block.parse::<usize>().unwrap() * 2 * kv;
@@ -258,21 +260,11 @@ fn lora_options(target_modules: TargetModules) -> LoraOptions {
     LoraOptions {
         r: 3,
         lora_alpha: 9.0,
-        lora_dropout: 0.0,
-        use_rslora: false,
-        use_dora: false,
-        lora_bias: false,
-        bias: Bias::None,
-        init_lora_weights: InitLoraWeights::True,
-        rank_pattern: Patterns::default(),
-        alpha_pattern: Patterns::default(),
         targets: Targets {
             target_modules,
-            exclude_modules: names(&[]),
-            layers_to_transform: vec![],
-            layers_pattern: vec![],
-            modules_to_save: vec![],
+            ..Targets::default()
         },
+        ..LoraOptions::default()
     }
 }
 

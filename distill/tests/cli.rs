@@ -149,7 +149,8 @@ fn every_adapter_is_trained_evaluated_and_trained_further() {
     for (name, options) in [("prompt", prompt), ("prefix", prefix), ("lora", saved)] {
         let (run, further) = (format!("run-{name}"), format!("run-{name}-further"));
         let steps = |steps| vec!["--max-steps", steps, "--eval-data", "train.jsonl", "--json"];
-        let json = |output: &Output| -> Value { serde_json::from_str(&succeeded(output)).unwrap() };
+        let json =
+            |output: &std::process::Output| -> Value { serde_json::from_str(&succeeded(output)).unwrap() };
         let first = json(&place.sft(&run, &[options, steps("4")].concat()));
         assert_eq!(first["method"], name);
         let eval = [
@@ -289,7 +290,7 @@ fn bad_input_is_named_and_leaves_nothing() {
     );
     place.refused(
         1,
-        "pipit-convert import",
+        "m.gguf is no checkpoint: it does not exist",
         &sft(&["--model", "m.gguf", "--data", "train.jsonl"]),
     );
     place.refused(

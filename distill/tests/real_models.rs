@@ -122,14 +122,8 @@ fn compare(gguf: &Path) -> Difference {
 
     let theirs = llama_cpp::load(&file, &LlamaModelParams::default()).unwrap();
     let model = Model::open(&folder, false).unwrap();
-    let tokens = |text: &str| -> Vec<LlamaToken> {
-        theirs
-            .vocab()
-            .tokenize(text.as_bytes(), true, false)
-            .iter()
-            .copied()
-            .collect()
-    };
+    let tokens =
+        |text: &str| -> Vec<LlamaToken> { theirs.vocab().tokenize(text.as_bytes(), true, false).to_vec() };
     let mut texts: Vec<(Vec<LlamaToken>, usize)> = SENTENCES
         .iter()
         .map(|text| {
@@ -140,7 +134,7 @@ fn compare(gguf: &Path) -> Difference {
         .collect();
     let long = tokens(&SENTENCES.join(" ").repeat(7));
     assert!(
-        (600..CONTEXT as usize).contains(&long.len()),
+        (550..CONTEXT as usize).contains(&long.len()),
         "{} tokens",
         long.len()
     );
@@ -175,11 +169,16 @@ impl Difference {
 #[test]
 fn smollm2_is_llama_cpps() {
     let difference = compare(&model("PIPIT_TEST_MODEL", "SmolLM2-135M-Instruct.Q4_1.gguf"));
-    assert!(difference.largest < 1e-2, "{difference:?}");
+    // Seen: 4.2e-5, and 1.4e-10 nats.
+    assert!(difference.largest < 1e-3, "{difference:?}");
+    assert!(difference.divergence < 1e-7, "{difference:?}");
 }
 
 #[test]
 fn gemma_3_is_llama_cpps() {
     let difference = compare(&model("PIPIT_TEST_GEMMA", "gemma-3-270m-q4_k_m.gguf"));
-    assert!(difference.largest < 1e-2, "{difference:?}");
+    // Seen: 1.3e-2, and 4.2e-6 nats. It is llama.cpp's GELU: docs/train/architectures.md.
+    assert!(difference.largest < 5e-2, "{difference:?}");
+    assert!(difference.divergence < 5e-5, "{difference:?}");
+    assert_eq!(difference.other_first, 0, "{difference:?}");
 }

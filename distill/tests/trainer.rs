@@ -5,8 +5,8 @@
 
 use std::path::Path;
 
-use pipit_convert::adapter::{Patterns, TargetModules};
-use pipit_distill::adapter::{Adapter, Bias, InitLoraWeights, LoraOptions, Targets, lora};
+use pipit_convert::adapter::TargetModules;
+use pipit_distill::adapter::{Adapter, InitLoraWeights, LoraOptions, Targets, lora};
 use pipit_distill::batch::{Batch, IGNORED};
 use pipit_distill::model::{Mode, Model};
 use pipit_distill::optimizer::AdamWOptions;
@@ -41,20 +41,13 @@ fn adapted(name: &str, target_modules: &str, dropout: f64) -> Model {
         r: 4,
         lora_alpha: 8.0,
         lora_dropout: dropout,
-        use_rslora: false,
         use_dora: dropout > 0.0,
-        lora_bias: false,
-        bias: Bias::None,
         init_lora_weights: InitLoraWeights::False,
-        rank_pattern: Patterns::default(),
-        alpha_pattern: Patterns::default(),
         targets: Targets {
             target_modules: TargetModules::Pattern(target_modules.into()),
-            exclude_modules: TargetModules::Names(Vec::new()),
-            layers_to_transform: Vec::new(),
-            layers_pattern: Vec::new(),
-            modules_to_save: Vec::new(),
+            ..Targets::default()
         },
+        ..LoraOptions::default()
     };
     lora::add(&mut model, &options, name, &mut Random::new(3, "adapter")).unwrap();
     model

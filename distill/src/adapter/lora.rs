@@ -41,6 +41,25 @@ pub struct LoraOptions {
     pub targets: Targets,
 }
 
+impl Default for LoraOptions {
+    /// PEFT's defaults, on all linear layers of the blocks.
+    fn default() -> Self {
+        Self {
+            r: 8,
+            lora_alpha: 8.0,
+            lora_dropout: 0.0,
+            use_rslora: false,
+            use_dora: false,
+            lora_bias: false,
+            bias: Bias::None,
+            init_lora_weights: InitLoraWeights::True,
+            rank_pattern: Patterns::default(),
+            alpha_pattern: Patterns::default(),
+            targets: Targets::default(),
+        }
+    }
+}
+
 /// Which of the model's biases are trained beside an adapter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "snake_case")]

@@ -22,6 +22,19 @@ pub struct Targets {
     pub modules_to_save: Vec<String>,
 }
 
+impl Default for Targets {
+    /// All linear layers of the blocks.
+    fn default() -> Self {
+        Self {
+            target_modules: TargetModules::Pattern("all-linear".to_owned()),
+            exclude_modules: TargetModules::Names(Vec::new()),
+            layers_to_transform: Vec::new(),
+            layers_pattern: Vec::new(),
+            modules_to_save: Vec::new(),
+        }
+    }
+}
+
 impl Targets {
     /// The modules out of `modules` that get an adapter, in their order.
     pub fn select<'a>(&self, modules: &[Module<'a>]) -> Result<Vec<&'a str>, AdapterError> {
@@ -259,10 +272,7 @@ mod tests {
     fn targets(target_modules: TargetModules) -> Targets {
         Targets {
             target_modules,
-            exclude_modules: names(&[]),
-            layers_to_transform: vec![],
-            layers_pattern: vec![],
-            modules_to_save: vec![],
+            ..Targets::default()
         }
     }
 

@@ -20,7 +20,11 @@ pub(super) fn put_on(
     let base = config.model.to_string_lossy().into_owned();
     if !config.adapter.as_os_str().is_empty() {
         let adapter = Adapter::load(model, &config.adapter)?.of_base(&base);
-        let method = method_of(&adapter);
+        // A stored LoRA goes on over whichever base is asked for.
+        let method = match (method_of(&adapter), config.method) {
+            (Method::Lora, Method::Qlora) => Method::Qlora,
+            (method, _) => method,
+        };
         if method_is_given && method != config.method {
             anyhow::bail!(UsageError::Usage(format!(
                 "--method is {}, but {} is for {}",
@@ -35,7 +39,7 @@ pub(super) fn put_on(
     let mut random = Random::new(config.seed, "adapter");
     Ok(match config.method {
         Method::Full => None,
-        Method::Lora => Some(Adapter::Lora(lora::add(
+        Method::Lora | Method::Qlora => Some(Adapter::Lora(lora::add(
             model,
             &lora_options(config),
             &base,

@@ -11,11 +11,11 @@ use pipit_convert::output::OutputFile;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
-use super::{Output, UsageError, refuse_gguf};
+use super::{Output, UsageError};
 use crate::adapter::Adapter;
 use crate::data::{DataReport, Encoder, Prompt, Row, Sample, read_rows};
 use crate::evaluate::{Answer, Figures, Score, Table, answers, loss_sum};
-use crate::model::Model;
+use crate::model::{Keep, Model};
 use crate::rollout::Stop;
 use crate::trainer::with_deep_stack;
 
@@ -30,12 +30,18 @@ const BAR: &str = "{msg} {wide_bar} {pos}/{len} {elapsed}, {eta} to go";
     pipit-distill eval --model smollm2 --adapter run --data dev.jsonl --by language --json"
 )]
 pub struct Args {
-    /// The checkpoint folder
-    #[arg(long, value_name = "DIR")]
+    /// The checkpoint folder, or a GGUF file
+    #[arg(long, value_name = "DIR|FILE.gguf")]
     model: PathBuf,
     /// An adapter folder in PEFT's layout
     #[arg(long, value_name = "DIR")]
     adapter: Option<PathBuf>,
+    /// The folder's weights in NF4, as --method qlora has them; a GGUF file has its own blocks
+    #[arg(long)]
+    load_in_4bit: bool,
+    /// Over a GGUF file: round activations as llama.cpp does before it multiplies
+    #[arg(long)]
+    as_served: bool,
     /// Rows: `messages`, or `prompt` and `completion`, or `text`
     #[arg(long, value_name = "F.jsonl|F.parquet")]
     data: PathBuf,
@@ -69,6 +75,19 @@ pub fn run(args: &Args, output: Output) -> anyhow::Result<()> {
             "--batch-size must be at least 1, --max-length at least 2".into()
         ));
     }
+    for (flag, given, file) in [
+        ("--load-in-4bit", args.load_in_4bit, false),
+        ("--as-served", args.as_served, true),
+    ] {
+        if given && args.model.is_file() != file {
+            let wanted = if file {
+                "a GGUF file"
+            } else {
+                "a checkpoint folder"
+            };
+            anyhow::bail!(UsageError::Usage(format!("{flag} needs {wanted} as --model")));
+        }
+    }
     let stop = Arc::new(AtomicBool::new(false));
     let on_signal = stop.clone();
     ctrlc::set_handler(move || on_signal.store(true, Ordering::Relaxed))
@@ -77,8 +96,12 @@ pub fn run(args: &Args, output: Output) -> anyhow::Result<()> {
 }
 
 fn evaluate(args: &Args, output: Output, stop: &AtomicBool) -> anyhow::Result<()> {
-    refuse_gguf(&args.model)?;
-    let mut model = Model::open(&args.model, false)?;
+    let keep = match (args.load_in_4bit, args.as_served) {
+        (true, _) => Keep::Nf4 { double_quant: true },
+        (_, true) => Keep::Served,
+        _ => Keep::Frozen,
+    };
+    let mut model = Model::open_as(&args.model, keep)?;
     if let Some(dir) = &args.adapter {
         Adapter::load(&mut model, dir)?;
     }

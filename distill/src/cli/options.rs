@@ -19,10 +19,22 @@ pub enum Method {
     Full,
     /// Low-rank adapters on frozen weights.
     Lora,
+    /// The same on weights of four bits: NF4, or the blocks of a GGUF file.
+    Qlora,
     /// Embeddings before every sequence.
     Prompt,
     /// Keys and values before those of every block.
     Prefix,
+}
+
+/// The four-bit types of bitsandbytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum QuantType {
+    /// Four bits whose values are the quantiles of a normal distribution.
+    Nf4,
+    /// Four bits of a float; refused by name.
+    Fp4,
 }
 
 impl Method {
@@ -31,6 +43,7 @@ impl Method {
         match self {
             Self::Full => false,
             Self::Lora => LORA.contains(&key),
+            Self::Qlora => LORA.contains(&key) || QLORA.contains(&key),
             Self::Prompt => PROMPT.contains(&key),
             Self::Prefix => PREFIX.contains(&key),
         }
@@ -41,6 +54,7 @@ impl Method {
         match self {
             Self::Full => "full",
             Self::Lora => "lora",
+            Self::Qlora => "qlora",
             Self::Prompt => "prompt",
             Self::Prefix => "prefix",
         }
@@ -48,7 +62,8 @@ impl Method {
 }
 
 /// The options that say what an adapter looks like, by method.
-const LORA: [&str; 16] = [
+const LORA: [&str; 17] = [
+    "as_served",
     "r",
     "lora_alpha",
     "lora_dropout",
@@ -66,6 +81,7 @@ const LORA: [&str; 16] = [
     "modules_to_save",
     "adapter",
 ];
+const QLORA: [&str; 2] = ["bnb_4bit_quant_type", "bnb_4bit_use_double_quant"];
 const PROMPT: [&str; 4] = [
     "num_virtual_tokens",
     "prompt_tuning_init",
@@ -117,7 +133,11 @@ macro_rules! options {
 
             /// Fills in from `file`, then from the defaults.
             pub fn resolve(self, file: Self) -> SftConfig {
-                let given = self.or(file);
+                let mut given = self.or(file);
+                if given.method == Some(Method::Qlora) {
+                    // As PEFT's prepare_model_for_kbit_training has it: who asks for four bits is short of memory.
+                    given.gradient_checkpointing.get_or_insert(true);
+                }
                 SftConfig { $($name: given.$name.unwrap_or_else(|| $default),)* }
             }
         }
@@ -125,8 +145,8 @@ macro_rules! options {
 }
 
 options! {
-    #[arg(value_name = "DIR")]
-    model: PathBuf = PathBuf::new(), "The checkpoint folder to start from";
+    #[arg(value_name = "DIR|FILE.gguf")]
+    model: PathBuf = PathBuf::new(), "The checkpoint folder to start from; lora and qlora also train over the blocks of a GGUF file";
     #[arg(value_name = "F.jsonl|F.parquet")]
     data: PathBuf = PathBuf::new(), "Rows to train on: `messages`, or `prompt` and `completion`, or `text`";
     #[arg(short = 'o', value_name = "RUN")]
@@ -138,7 +158,7 @@ options! {
     #[arg(num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
     packing: bool = false, "A forward pass takes as many rows as fit into its sequences of --max-length tokens; no row sees another";
     #[arg(num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
-    gradient_checkpointing: bool = false, "Keep no activations, compute them again: less memory, one more forward pass, the same bits";
+    gradient_checkpointing: bool = false, "Keep no activations, compute them again: less memory, one more forward pass, the same bits [default: true with qlora]";
     learning_rate: f64 = 2e-4, "The learning rate after the warm-up [default: 2e-4]";
     num_train_epochs: f64 = 3.0, "Passes over the data, where --max-steps is not given [default: 3]";
     max_steps: usize = 0, "Steps to do, whatever the number of passes";
@@ -208,6 +228,12 @@ options! {
     encoder_hidden_size: usize = 0, "The width between those layers [default: that of a row of keys]";
     #[arg(value_name = "DIR")]
     adapter: PathBuf = PathBuf::new(), "A stored adapter to train further, instead of a new one";
+    #[arg(num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
+    as_served: bool = false, "Over a GGUF file: round activations as llama.cpp does before it multiplies";
+    #[arg(value_enum)]
+    bnb_4bit_quant_type: QuantType = QuantType::Nf4, "The base's type with --method qlora on a folder [default: nf4]";
+    #[arg(num_args = 0..=1, default_missing_value = "true", value_name = "BOOL", action = clap::ArgAction::Set)]
+    bnb_4bit_use_double_quant: bool = true, "Whether its scales are quantised too, as in the QLoRA paper [default: true]";
 }
 
 /// A path that was not given, which TOML cannot express.
@@ -271,7 +297,9 @@ pub fn read_toml(path: &Path) -> Result<SftOptions, UsageError> {
 
 /// Whether an option says what an adapter looks like.
 fn is_of_adapters(key: &str) -> bool {
-    LORA.contains(&key) || PROMPT.contains(&key) || PREFIX.contains(&key)
+    [&LORA[..], &QLORA, &PROMPT, &PREFIX]
+        .iter()
+        .any(|keys| keys.contains(&key))
 }
 
 impl SftOptions {
@@ -286,7 +314,8 @@ impl SftOptions {
                     "{flag} cannot be given with --adapter, which decides it"
                 )));
             }
-            if !method.takes(key) && !(stored && self.method.is_none()) {
+            let decided = stored && self.method.is_none();
+            if !method.takes(key) && !decided {
                 return Err(UsageError::Usage(format!(
                     "{flag} is not for --method {}\nhint: leave it out, or choose another method",
                     method.name()
@@ -358,6 +387,11 @@ impl SftConfig {
                 return usage(format!("{flag} is {value}, which is out of range"));
             }
         }
+        if self.as_served && !self.model.is_file() {
+            return usage(
+                "--as-served needs a GGUF file as --model: what a folder becomes is not known yet".into(),
+            );
+        }
         let with_text = self.prompt_tuning_init == PromptTuningInit::Text;
         if self.method == Method::Prompt && with_text == self.prompt_tuning_init_text.is_empty() {
             return usage("--prompt-tuning-init TEXT and --prompt-tuning-init-text go together".into());
@@ -378,6 +412,17 @@ impl SftConfig {
         {
             return usage(
                 "--lr-scheduler-type constant has no warm-up\nhint: constant_with_warmup has one".into(),
+            );
+        }
+        if self.as_served && !self.model.is_file() {
+            return usage(
+                "--as-served needs a GGUF file as --model: what a folder becomes is not known yet".into(),
+            );
+        }
+        if self.bnb_4bit_quant_type == QuantType::Fp4 {
+            return usage(
+                "--bnb-4bit-quant-type fp4 is not built\nhint: nf4 is, and closer to a model's weights"
+                    .into(),
             );
         }
         if self.max_length == 1 {
@@ -440,6 +485,19 @@ mod tests {
             "{error}"
         );
         assert!(toml_file("learning_rate = 'high'").is_err());
+    }
+
+    #[test]
+    fn qlora_keeps_no_activations_unless_it_is_told_to() {
+        let resolve = |text: &str| {
+            toml_file(text)
+                .unwrap()
+                .resolve(SftOptions::default())
+                .gradient_checkpointing
+        };
+        assert!(resolve("method = 'qlora'"));
+        assert!(!resolve("method = 'qlora'\ngradient_checkpointing = false"));
+        assert!(!resolve("method = 'lora'"));
     }
 
     #[test]

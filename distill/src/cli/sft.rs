@@ -12,14 +12,14 @@ use super::options::{Method, SftConfig, SftOptions, read_toml};
 use super::plan;
 use super::resume::Resume;
 use super::run::{RunDir, refuse_existing};
-use super::{Output, UsageError, adapter, refuse_gguf};
+use super::{Output, UsageError, adapter};
 use crate::adapter::Adapter;
 use crate::card::{Base, Card};
 use crate::data::{DataReport, Encoder, Prompt, Rows, Sample, read_rows};
 use crate::evaluate::{Answer, answers};
 use crate::export::save_checkpoint;
 use crate::memory;
-use crate::model::Model;
+use crate::model::{Keep, Model};
 use crate::optimizer::AdamWOptions;
 use crate::plan::{DataFile, Plan};
 use crate::rollout::Stop;
@@ -361,9 +361,15 @@ pub(super) fn prepare(
     method_is_given: bool,
     output: Output,
 ) -> anyhow::Result<Prepared> {
-    refuse_gguf(&config.model)?;
-    let train_all = config.method == Method::Full;
-    let mut model = Model::open(&config.model, train_all)?;
+    let keep = match config.method {
+        Method::Full => Keep::Trained,
+        _ if config.as_served => Keep::Served,
+        Method::Lora | Method::Prompt | Method::Prefix => Keep::Frozen,
+        Method::Qlora => Keep::Nf4 {
+            double_quant: config.bnb_4bit_use_double_quant,
+        },
+    };
+    let mut model = Model::open_as(&config.model, keep)?;
     let encoder = Encoder::open(&config.model, model.config().vocab_size)?;
     let adapter = adapter::put_on(&mut model, &encoder, config, method_is_given)?;
     let longest = model.longest();

@@ -4,6 +4,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use pipit_convert::checkpoint::read_json_object;
+use pipit_convert::import::GgufCheckpoint;
 use rayon::prelude::*;
 use serde_json::Value;
 use tokenizers::Tokenizer;
@@ -57,8 +58,19 @@ enum Encoded {
 }
 
 impl Encoder {
-    /// Reads `tokenizer.json`, the chat template and the end tokens; checks the tokens against the embedding.
-    pub fn open(dir: &Path, vocab_size: usize) -> Result<Self, DataError> {
+    /// Reads the tokenizer, the chat template and the end tokens of a checkpoint folder or a GGUF file; checks the
+    /// tokens against the embedding.
+    pub fn open(model: &Path, vocab_size: usize) -> Result<Self, DataError> {
+        if !model.is_file() {
+            return Self::open_folder(model, vocab_size);
+        }
+        let write = |source| DataError::Scratch { source };
+        let folder = tempfile::tempdir().map_err(write)?;
+        GgufCheckpoint::open(model)?.write_files(folder.path())?;
+        Self::open_folder(folder.path(), vocab_size)
+    }
+
+    fn open_folder(dir: &Path, vocab_size: usize) -> Result<Self, DataError> {
         let path = dir.join("tokenizer.json");
         let bad = |why: String| DataError::Tokenizer {
             path: path.clone(),
@@ -132,7 +144,8 @@ impl Encoder {
         self.ids(text, true)
     }
 
-    fn ids(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, DataError> {
+    /// The tokens of a text, with those that the tokenizer puts around it where they are asked for.
+    pub fn ids(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, DataError> {
         let encoding = self
             .tokenizer
             .encode(text, add_special_tokens)

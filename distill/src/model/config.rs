@@ -85,7 +85,8 @@ impl Config {
         Self::parse(&checkpoint.dir().join("config.json"), checkpoint.config())
     }
 
-    fn parse(path: &Path, json: &Map<String, Value>) -> Result<Self, ModelError> {
+    /// The same of what stands in `config.json`, or would; errors name `path`.
+    pub(super) fn parse(path: &Path, json: &Map<String, Value>) -> Result<Self, ModelError> {
         let reader = Reader { path, json };
         let found = reader
             .get("model_type")
@@ -186,6 +187,7 @@ impl Config {
 }
 
 /// What stands for keys that `config.json` leaves out; it differs between the architectures.
+#[derive(Debug, Clone, Copy)]
 pub(super) struct Defaults {
     /// None for hidden_size / num_attention_heads.
     pub(super) head_dim: Option<usize>,
@@ -234,7 +236,10 @@ mod tests {
     /// A minimal configuration with some keys changed.
     fn parse(model_type: &str, change: Value) -> Result<Config, ModelError> {
         let mut json = minimal(model_type);
-        json.extend(change.as_object().unwrap().clone());
+        let Value::Object(change) = change else {
+            panic!("{change} is no object")
+        };
+        json.extend(change);
         Config::parse(Path::new("config.json"), &json)
     }
 

@@ -3,16 +3,16 @@
 use std::path::Path;
 
 use candle_core::{Result, Tensor, Var};
-use pipit_convert::checkpoint::Checkpoint;
 
 use super::block::{Block, Pass};
 use super::gemma3::Gemma3Block;
 use super::llama::LlamaBlock;
-use super::load::Loader;
+use super::load::{Keep, Loader};
 use super::norm::Norm;
 use super::ops::{RopeTable, Rotation, Targets, attention, put_before, take_before, widened};
 use super::parts::QkvBias;
 use super::qwen3::Qwen3Block;
+use super::source::Source;
 use super::{
     Architecture, Config, Embedding, Head, KvCache, Linear, Mode, ModelError, Parameter, QuantizedRows,
     VirtualTokens, Weight,
@@ -32,16 +32,22 @@ pub struct Model {
 }
 
 impl Model {
-    /// Loads a checkpoint folder; `train` makes every weight a trained one.
-    pub fn open(dir: &Path, train: bool) -> std::result::Result<Self, ModelError> {
-        Self::load(&Checkpoint::open(dir)?, train)
+    /// Loads a checkpoint folder or a GGUF file in f32 or its own blocks; `train` makes every weight a trained one.
+    pub fn open(path: &Path, train: bool) -> std::result::Result<Self, ModelError> {
+        Self::open_as(path, if train { Keep::Trained } else { Keep::Frozen })
     }
 
-    /// Loads an opened checkpoint; `train` makes every weight a trained one.
-    pub fn load(checkpoint: &Checkpoint, train: bool) -> std::result::Result<Self, ModelError> {
-        let config = Config::read(checkpoint)?;
+    /// Loads a checkpoint folder or a GGUF file.
+    pub fn open_as(path: &Path, keep: Keep) -> std::result::Result<Self, ModelError> {
+        let source = Source::open(path)?;
+        if keep == Keep::Trained && matches!(source, Source::File(_)) {
+            return Err(ModelError::Blocks {
+                path: path.to_path_buf(),
+            });
+        }
+        let config = source.config()?;
         let table = [config.vocab_size, config.hidden_size];
-        let mut loader = Loader::new(checkpoint, train);
+        let mut loader = Loader::new(&source, keep);
         let embed_tokens = loader.weight("model.embed_tokens.weight".into(), table)?;
         let mut layers: Vec<Box<dyn Block>> = Vec::new();
         for i in 0..config.num_hidden_layers {

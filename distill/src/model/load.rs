@@ -1,60 +1,91 @@
 //! Tensors out of a checkpoint by their names, with their shapes checked and what was used counted.
 
-use candle_core::{Device, Tensor};
-use pipit_convert::checkpoint::Checkpoint;
+use std::sync::Arc;
 
+use candle_core::{Device, Tensor};
+
+use super::quantized::Nf4;
+use super::source::Source;
 use super::{Linear, ModelError, Parameter, Weight};
+
+/// What becomes of a model's weights when they are loaded. The matrices of a GGUF file stay the file's own blocks,
+/// frozen, whatever is asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Keep {
+    /// f32, trained.
+    Trained,
+    /// f32, frozen.
+    Frozen,
+    /// The same; over a GGUF file, activations are rounded as llama.cpp rounds them before it multiplies.
+    Served,
+    /// The blocks' linear layers in NF4, which is QLoRA's base. Embedding and output layer are read from the
+    /// checkpoint's file in their own type when they are needed; norms and biases are f32. All are frozen.
+    Nf4 {
+        /// Whether the scales are quantised too: bitsandbytes' `bnb_4bit_use_double_quant`.
+        double_quant: bool,
+    },
+}
 
 /// Takes tensors out of a checkpoint.
 pub(crate) struct Loader<'a> {
-    checkpoint: &'a Checkpoint,
-    train: bool,
+    source: &'a Source,
+    keep: Keep,
     used: Vec<String>,
 }
 
 impl<'a> Loader<'a> {
-    /// `train` makes every tensor a trained one.
-    pub(crate) fn new(checkpoint: &'a Checkpoint, train: bool) -> Self {
+    pub(crate) fn new(source: &'a Source, keep: Keep) -> Self {
         Self {
-            checkpoint,
-            train,
+            source,
+            keep,
             used: Vec::new(),
         }
     }
 
-    /// A tensor in f32.
-    pub(crate) fn parameter(&mut self, name: String, shape: &[usize]) -> Result<Parameter, ModelError> {
-        let path = || self.checkpoint.dir().to_path_buf();
-        let view = self.checkpoint.tensor(&name)?;
-        if view.shape != shape {
+    fn check_shape(&mut self, name: &str, shape: &[usize]) -> Result<(), ModelError> {
+        let found = self.source.shape(name)?;
+        if found != shape {
             return Err(ModelError::Shape {
-                path: path(),
-                tensor: name,
-                found: view.shape.to_vec(),
+                path: self.source.path().to_path_buf(),
+                tensor: name.to_owned(),
+                found,
                 expected: shape.to_vec(),
             });
         }
-        let data = view.to_f32()?;
-        // The file's pages are not needed any more: without this a model would be in memory twice.
-        self.checkpoint.release(&name);
+        self.used.push(name.to_owned());
+        Ok(())
+    }
+
+    fn numbers(&mut self, name: &str, shape: &[usize]) -> Result<Vec<f32>, ModelError> {
+        self.check_shape(name, shape)?;
+        let data = self.source.to_f32(name)?;
         if data.iter().any(|x| !x.is_finite()) {
-            return Err(ModelError::NotFinite {
-                path: path(),
-                tensor: name,
-            });
+            return Err(self.source.not_finite(name));
         }
-        let tensor = Tensor::from_vec(data, shape, &Device::Cpu)?;
-        self.used.push(name.clone());
-        Ok(if self.train {
-            Parameter::trained(name, &tensor)?
-        } else {
-            Parameter::frozen(name, &tensor)
+        Ok(data)
+    }
+
+    /// A tensor in f32.
+    pub(crate) fn parameter(&mut self, name: String, shape: &[usize]) -> Result<Parameter, ModelError> {
+        let tensor = Tensor::from_vec(self.numbers(&name, shape)?, shape, &Device::Cpu)?;
+        Ok(match self.keep {
+            Keep::Trained => Parameter::trained(name, &tensor)?,
+            Keep::Frozen | Keep::Served | Keep::Nf4 { .. } => Parameter::frozen(name, &tensor),
         })
     }
 
     /// The matrix of an embedding or an output layer.
     pub(crate) fn weight(&mut self, name: String, shape: [usize; 2]) -> Result<Weight, ModelError> {
-        Ok(Weight::Dense(self.parameter(name, &shape)?))
+        match (self.source, self.keep) {
+            (Source::Folder(_), Keep::Trained | Keep::Frozen | Keep::Served) => {
+                Ok(Weight::Dense(self.parameter(name, &shape)?))
+            }
+            (Source::File(_), _) | (_, Keep::Nf4 { .. }) => {
+                self.check_shape(&name, &shape)?;
+                let rows = self.source.rows(&name, self.keep == Keep::Served)?;
+                Ok(Weight::Quantized(rows))
+            }
+        }
     }
 
     /// A linear layer of a block, `[out, input]`.
@@ -65,12 +96,21 @@ impl<'a> Loader<'a> {
         input: usize,
         with_bias: bool,
     ) -> Result<Linear, ModelError> {
+        let (name, shape) = (format!("{module}.weight"), [out, input]);
+        let weight = match (self.source, self.keep) {
+            (Source::Folder(_), Keep::Nf4 { double_quant }) => {
+                let numbers = self.numbers(&name, &shape)?;
+                Weight::Quantized(Arc::new(Nf4::quantize(name, &numbers, shape, double_quant)))
+            }
+            _ => self.weight(name, shape)?,
+        };
+        let bias = match with_bias {
+            true => Some(self.parameter(format!("{module}.bias"), &[out])?),
+            false => None,
+        };
         Ok(Linear {
-            weight: self.weight(format!("{module}.weight"), [out, input])?,
-            bias: match with_bias {
-                true => Some(self.parameter(format!("{module}.bias"), &[out])?),
-                false => None,
-            },
+            weight,
+            bias,
             lora: None,
         })
     }
@@ -79,8 +119,9 @@ impl<'a> Loader<'a> {
     /// would be wrong.
     pub(crate) fn finish(self, model_type: &str, harmless: impl Fn(&str) -> bool) -> Result<(), ModelError> {
         let unused: Vec<String> = self
-            .checkpoint
+            .source
             .names()
+            .into_iter()
             .filter(|name| !harmless(name) && !self.used.iter().any(|used| used == name))
             .map(str::to_owned)
             .collect();
@@ -88,7 +129,7 @@ impl<'a> Loader<'a> {
             return Ok(());
         }
         Err(ModelError::UnusedTensors {
-            path: self.checkpoint.dir().to_path_buf(),
+            path: self.source.path().to_path_buf(),
             model_type: model_type.to_owned(),
             tensors: unused,
         })

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use candle_core::{Device, Result, Tensor, Var};
 
 use super::ops::Frozen;
+use super::quantized::Rounding;
 use super::{Mode, Parameter};
 
 /// A frozen matrix whose rows become numbers when they are needed.
@@ -19,6 +20,11 @@ pub trait QuantizedRows: Debug + Send + Sync {
     fn dequantize(&self, rows: Range<usize>, out: &mut [f32]);
     /// Bytes that the matrix takes.
     fn bytes(&self) -> usize;
+    /// How the rows that it is multiplied with are rounded first; gradients pass through as if they were not
+    /// (the straight-through estimator, <https://arxiv.org/abs/1308.3432>).
+    fn rounding(&self) -> Option<Rounding> {
+        None
+    }
 }
 
 /// A matrix `[out, in]`.
@@ -47,6 +53,14 @@ impl Weight {
                 _ => [0, 0],
             },
             Self::Quantized(rows) => rows.dims(),
+        }
+    }
+
+    /// The bytes that it takes, in memory or in a mapped file.
+    pub fn bytes(&self) -> usize {
+        match self {
+            Self::Dense(_) => self.dims().iter().product::<usize>() * 4,
+            Self::Quantized(rows) => rows.bytes(),
         }
     }
 

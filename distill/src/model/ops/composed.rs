@@ -322,7 +322,7 @@ pub(super) fn frozen_cross_entropy(hidden: &Tensor, weight: &Frozen, targets: &T
         false,
     )?;
     let kept = Mutex::new(Some(sums.d_hidden));
-    let backward = move |grad: &Tensor| scaled(take(&kept)?, grad);
+    let backward = move |grad: &Tensor| scaled(&take(&kept)?, grad);
     hidden.apply_op1(Given {
         name: "cross_entropy",
         result: sums.loss,
@@ -335,7 +335,7 @@ pub(super) fn cross_entropy(hidden: &Tensor, weight: &Tensor, targets: &Targets)
     let sums = sums(hidden, &weight.detach(), targets, true)?;
     let kept = Mutex::new(Some((sums.d_hidden, sums.d_weight)));
     let backward = move |grad: &Tensor| match take(&kept)? {
-        (d_hidden, Some(d_weight)) => Ok([scaled(d_hidden, grad)?, scaled(d_weight, grad)?]),
+        (d_hidden, Some(d_weight)) => Ok([scaled(&d_hidden, grad)?, scaled(&d_weight, grad)?]),
         _ => candle_core::bail!("cross_entropy: no gradient of the weight"),
     };
     hidden.apply_op2(
@@ -356,7 +356,7 @@ fn take<T>(kept: &Mutex<Option<T>>) -> Result<T> {
     }
 }
 
-fn scaled(gradient: Tensor, grad: &Tensor) -> Result<Tensor> {
+fn scaled(gradient: &Tensor, grad: &Tensor) -> Result<Tensor> {
     gradient.broadcast_mul(&grad.to_dtype(gradient.dtype())?)
 }
 
