@@ -122,14 +122,7 @@ fn compare(gguf: &Path) -> Difference {
 
     let theirs = llama_cpp::load(&file, &LlamaModelParams::default()).unwrap();
     let model = Model::open(&folder, false).unwrap();
-    let tokens = |text: &str| -> Vec<LlamaToken> {
-        theirs
-            .vocab()
-            .tokenize(text.as_bytes(), true, false)
-            .iter()
-            .copied()
-            .collect()
-    };
+    let tokens = |text: &str| theirs.vocab().tokenize(text.as_bytes(), true, false).to_vec();
     let mut texts: Vec<(Vec<LlamaToken>, usize)> = SENTENCES
         .iter()
         .map(|text| {

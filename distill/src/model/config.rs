@@ -186,6 +186,7 @@ impl Config {
 }
 
 /// What stands for keys that `config.json` leaves out; it differs between the architectures.
+#[derive(Debug, Clone, Copy)]
 pub(super) struct Defaults {
     /// None for hidden_size / num_attention_heads.
     pub(super) head_dim: Option<usize>,
@@ -234,7 +235,10 @@ mod tests {
     /// A minimal configuration with some keys changed.
     fn parse(model_type: &str, change: Value) -> Result<Config, ModelError> {
         let mut json = minimal(model_type);
-        json.extend(change.as_object().unwrap().clone());
+        let Value::Object(change) = change else {
+            panic!("{change} is no object")
+        };
+        json.extend(change);
         Config::parse(Path::new("config.json"), &json)
     }
 
