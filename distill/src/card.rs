@@ -200,7 +200,7 @@ impl Card<'_> {
                 escape(&name),
                 report.used,
                 report.tokens,
-                file.sha256
+                file.sha256.as_deref().unwrap_or("-")
             );
         };
         row("training data", &self.plan.data_file, &self.plan.data);

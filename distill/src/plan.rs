@@ -48,17 +48,18 @@ pub struct DataFile {
     pub path: PathBuf,
     /// Its size.
     pub bytes: u64,
-    /// Its checksum, in hexadecimal digits.
-    pub sha256: String,
+    /// Its checksum, in hexadecimal digits; none of a pipe, which can be read only once.
+    pub sha256: Option<String>,
 }
 
 impl DataFile {
     /// Reads the size and the checksum of a file.
     pub fn read(path: &Path) -> io::Result<Self> {
+        let metadata = path.metadata()?;
         Ok(Self {
             path: path.to_path_buf(),
-            bytes: path.metadata()?.len(),
-            sha256: sha256(path)?,
+            bytes: metadata.len(),
+            sha256: metadata.is_file().then(|| sha256(path)).transpose()?,
         })
     }
 }
