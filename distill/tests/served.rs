@@ -221,7 +221,7 @@ fn same_when_served(file: &Path) {
     let mut served = Server::open(file, &adapter);
     let mut exact = Server::open(&unrounded(file, scratch.path()), &adapter);
 
-    let mut tokens = 0.0;
+    let (mut tokens, mut compared) = (0.0, 0);
     let (mut to_exact, mut to_served, mut of_rounding) = (0.0, 0.0, 0.0);
     for prompt in PROMPTS {
         let mut ids = ids(&encoder, prompt);
@@ -239,18 +239,22 @@ fn same_when_served(file: &Path) {
         to_exact += mean_kl(&exact, &ours, vocabulary) * weight;
         to_served += mean_kl(&served, &ours, vocabulary) * weight;
         of_rounding += mean_kl(&served, &exact, vocabulary) * weight;
-        // llama.cpp, asked for the tokens one after the other, gives our answer, and not by a hair.
+        // llama.cpp, asked for the tokens one after the other, gives our answer, until one leads by a hair only.
         for theirs in [&exact, &served] {
             let places = best(theirs, vocabulary).into_iter().skip(asked - 1);
             for (token, (theirs, lead)) in answers[0].iter().zip(places) {
-                assert!(
-                    lead > 0.05,
-                    "{prompt}: a lead of {lead} proves nothing; take another prompt"
-                );
+                if lead <= 0.05 {
+                    break;
+                }
                 assert_eq!(*token as usize, theirs, "{prompt}");
+                compared += 1;
             }
         }
     }
+    assert!(
+        compared >= 5 * PROMPTS.len(),
+        "only {compared} tokens were certain enough"
+    );
     let (to_exact, to_served, of_rounding) = (to_exact / tokens, to_served / tokens, of_rounding / tokens);
     println!(
         "{}, {tokens} tokens, mean KL in nats: {to_exact:.2e} from llama.cpp on the blocks' numbers to ours, \
