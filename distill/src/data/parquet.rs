@@ -10,9 +10,10 @@ use super::{DataError, Rows};
 pub(super) fn read(path: &Path, limit: Option<usize>) -> Result<Rows, DataError> {
     use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 
+    // The library's messages begin with its name, which ours says already.
     let bad = |why: String| DataError::Parquet {
         path: path.to_path_buf(),
-        why,
+        why: why.trim_start_matches("Parquet error: ").to_owned(),
     };
     let file = std::fs::File::open(path).map_err(|source| DataError::Read {
         path: path.to_path_buf(),
