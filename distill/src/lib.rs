@@ -19,5 +19,6 @@ pub mod plan;
 pub mod random;
 pub mod report;
 pub mod rollout;
+pub mod teacher;
 pub mod template;
 pub mod trainer;
