@@ -1,7 +1,12 @@
 //! Teachers: whatever says how probable it finds each next token of a text.
 
+mod checkpoint;
+
 use std::ops::Range;
 
+pub use checkpoint::{BaseTeacher, CheckpointTeacher};
+
+use crate::adapter::AdapterError;
 use crate::data::DataError;
 use crate::model::ModelError;
 
@@ -54,6 +59,17 @@ pub enum TeacherError {
     /// Its checkpoint cannot be used.
     #[error(transparent)]
     Model(#[from] ModelError),
+    /// Its adapter cannot be used.
+    #[error(transparent)]
+    Adapter(#[from] AdapterError),
+    /// The student's base is to teach it, and is trained itself.
+    #[error(
+        "{tensor} of the student is trained, so that its base is no teacher\nhint: name the checkpoint that it starts from as teacher"
+    )]
+    BaseIsTrained {
+        /// The tensor.
+        tensor: String,
+    },
     /// Its tokenizer or template cannot be used.
     #[error(transparent)]
     Data(#[from] DataError),

@@ -226,6 +226,7 @@ pub fn train(
             let mode = Mode {
                 gradient: true,
                 dropout_seed: Some(dropout_seed(options.sampling.seed, progress.global_step, i)),
+                ..Mode::INFERENCE
             };
             sums.loss += learner.accumulate(&batch, mode, |hidden| {
                 model.loss_of_hidden(hidden, &batch, mode, options.loss_chunk)
