@@ -15,6 +15,7 @@ pub mod export;
 pub mod loss;
 pub mod memory;
 pub mod model;
+pub mod opd;
 pub mod optimizer;
 pub mod plan;
 pub mod random;

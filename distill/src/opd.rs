@@ -33,7 +33,8 @@ use crate::model::{Mode, Model};
 use crate::rollout::{RolloutOptions, Stop};
 use crate::teacher::{Asked, Teacher, TeacherError};
 use crate::trainer::{
-    Checkpoints, Learner, Outcome, Progress, Sampler, Sums, TrainError, TrainOptions, checkpoint, dropout_seed,
+    Checkpoints, Learner, Outcome, Progress, Sampler, Sums, TrainError, TrainOptions, checkpoint,
+    dropout_seed,
 };
 
 /// How to distil.
@@ -110,7 +111,7 @@ pub struct Cast<'a> {
 /// compared. Checkpoints, stopping and going on are as in [`train`](crate::trainer::train), and so is the stack that
 /// it needs.
 pub fn distil(
-    mut cast: Cast<'_>,
+    cast: &mut Cast<'_>,
     tasks: &[Task],
     eval_tasks: &[Task],
     options: &OpdOptions,
@@ -157,22 +158,33 @@ pub fn distil(
         let start = Instant::now();
         if progress.global_step.is_multiple_of(options.steps_per_generation) {
             let mut ahead = sampler.clone();
-            let last = train.steps.min(progress.global_step + options.steps_per_generation);
-            let steps: Vec<_> = (progress.global_step..last).map(|step| (step, ahead.take())).collect();
-            progress.opd.rollouts = rolls.draw(&mut cast, &steps)?.into();
+            let last = train
+                .steps
+                .min(progress.global_step + options.steps_per_generation);
+            let steps: Vec<_> = (progress.global_step..last)
+                .map(|step| (step, ahead.take()))
+                .collect();
+            progress.opd.rollouts = rolls.draw(cast, &steps)?.into();
             progress.opd.window.rollout_seconds += start.elapsed().as_secs_f64();
         }
         if let Some(through) = &mut cast.through {
             through.put_on()?;
         }
         let step = sampler.take();
-        let learning_rate =
-            train.learning_rate * train.schedule.factor(progress.global_step, train.warmup_steps, train.steps);
+        let learning_rate = train.learning_rate
+            * train
+                .schedule
+                .factor(progress.global_step, train.warmup_steps, train.steps);
 
         // Σ over all tokens of the step, divided once: accumulation equals the large batch.
         let mut sums = Sums::default();
         let mut seen: Vec<Text> = Vec::new();
-        for (i, (pass, on_policy)) in step.passes.iter().zip(rolls.coins(progress.global_step, &step)).enumerate() {
+        for (i, (pass, on_policy)) in step
+            .passes
+            .iter()
+            .zip(rolls.coins(progress.global_step, &step))
+            .enumerate()
+        {
             let texts = rolls.texts(pass, &on_policy, &mut progress.opd.rollouts);
             let batch = Batch::new(texts.iter().map(|text| (&*text.ids, &*text.labels)));
             let asking = Instant::now();
@@ -233,20 +245,18 @@ pub fn distil(
         }
 
         progress.add(sums, step.epoch, start.elapsed().as_secs_f64());
-        tell(Event::Step(progress.global_step, loss, progress.tokens_per_second()))?;
+        tell(Event::Step(
+            progress.global_step,
+            loss,
+            progress.tokens_per_second(),
+        ))?;
         if logs {
             let metrics = progress.report(learning_rate, grad_norm);
             tell(Event::Metrics(progress.opd.window.take(metrics)))?;
         }
         if evaluates {
-            if let Some(through) = &mut cast.through {
-                through.put_on()?;
-            }
-            let found = divergence::measure(student, cast.teacher, eval_tasks, train.sampling.batch_size)?;
+            let found = compare(cast, eval_tasks, train.sampling.batch_size)?;
             tell(Event::Evaluation(progress.global_step, found))?;
-            if let Some(through) = &mut cast.through {
-                through.take_off()?;
-            }
             let eval_loss = found.eval_loss();
             if !eval_loss.is_finite() {
                 return Err(not_finite("the divergence from the teacher", eval_loss).into());
@@ -272,7 +282,19 @@ pub fn distil(
     {
         checkpoints.load_weights(&learner, best)?;
         eval_loss = progress.best_metric;
-        divergence = None;
+        divergence = Some(compare(cast, eval_tasks, train.sampling.batch_size)?);
     }
     Ok((progress.outcome(eval_loss, stopped_early), divergence))
+}
+
+/// How far the student is from its teacher, with the weights that it will be deployed with.
+fn compare(cast: &mut Cast<'_>, tasks: &[Task], batch_size: usize) -> Result<Divergence, OpdError> {
+    if let Some(through) = &mut cast.through {
+        through.put_on()?;
+    }
+    let found = divergence::measure(cast.student, cast.teacher, tasks, batch_size)?;
+    if let Some(through) = &mut cast.through {
+        through.take_off()?;
+    }
+    Ok(found)
 }

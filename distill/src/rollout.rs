@@ -2,12 +2,14 @@
 //! drawn ones.
 
 mod draw;
+mod llama_cpp;
 mod student;
 
 use std::collections::VecDeque;
 
 use candle_core::Result;
 pub use draw::Draw;
+pub use llama_cpp::{DecodeError, LlamaCpp};
 pub use student::Student;
 
 use crate::data::Prompt;
@@ -84,7 +86,11 @@ pub fn rollouts<D: Decode>(
     streams: &mut [Random],
 ) -> std::result::Result<Vec<Rollout>, D::Error> {
     let copies = options.num_generations;
-    assert_eq!(streams.len(), prompts.len() * copies, "every answer has its random numbers");
+    assert_eq!(
+        streams.len(),
+        prompts.len() * copies,
+        "every answer has its random numbers"
+    );
     let (vocab_size, longest) = (decoder.vocab_size(), decoder.longest());
     let room = |answer: usize| {
         let prompt = prompts[answer / copies].len();
@@ -196,7 +202,8 @@ mod tests {
         }
         fn open(&mut self, prompts: &[&[u32]], copies: usize) -> std::result::Result<Vec<f32>, Self::Error> {
             let last: Vec<u32> = prompts.iter().map(|ids| ids[ids.len() - 1]).collect();
-            self.last.extend(last.iter().flat_map(|token| vec![*token; copies]));
+            self.last
+                .extend(last.iter().flat_map(|token| vec![*token; copies]));
             self.most_open = self.most_open.max(self.last.len());
             self.prompts_together.push(prompts.len());
             Ok(Self::logits(&last))
@@ -244,7 +251,11 @@ mod tests {
             assert_eq!(answer.ids.len(), answer.logprobs.len());
         }
         // One of two tokens that are as likely.
-        assert!(answers[3..].iter().any(|answer| (answer.logprobs[0] - 0.5f32.ln()).abs() < 1e-3));
+        assert!(
+            answers[3..]
+                .iter()
+                .any(|answer| (answer.logprobs[0] - 0.5f32.ln()).abs() < 1e-3)
+        );
         assert_eq!((decoder.prompts_together, decoder.most_open), (vec![2], 6));
     }
 

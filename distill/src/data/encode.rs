@@ -213,6 +213,42 @@ impl Encoder {
         Ok((samples, report))
     }
 
+    /// The prompts of all rows of a file with their lines, and what became of the others. The report counts the prompts'
+    /// tokens.
+    pub fn prompts(&self, path: &Path, rows: &Rows) -> Result<(Vec<(usize, Prompt)>, DataReport), DataError> {
+        let mut report = DataReport {
+            rows: rows.rows.len(),
+            beyond_limit: rows.beyond_limit,
+            ..DataReport::default()
+        };
+        let encoded = rows.rows.par_iter().map(|row| match row {
+            Ok(row) => self.prompt(path, row).map(|prompt| Ok((row.line, prompt))),
+            Err(broken) => Ok(Err(broken.clone())),
+        });
+        let mut prompts = Vec::new();
+        for row in encoded.collect::<Result<Vec<_>, _>>()? {
+            match row {
+                Ok((line, Some(prompt))) if !prompt.ids.is_empty() => prompts.push((line, prompt)),
+                Ok((line, _)) => report.without_trained_token.push(line),
+                Err(broken) => report.broken.push(broken),
+            }
+        }
+        let sample = |(line, prompt): &(usize, Prompt)| Sample {
+            line: *line,
+            ids: prompt.ids.clone(),
+            labels: vec![IGNORED; prompt.ids.len()],
+        };
+        report.count(&prompts.iter().map(sample).collect::<Vec<_>>());
+        if prompts.is_empty() {
+            let why = report.warnings().into_iter().next();
+            return Err(DataError::Nothing {
+                path: path.to_path_buf(),
+                why: why.unwrap_or_else(|| "it is empty".into()),
+            });
+        }
+        Ok((prompts, report))
+    }
+
     fn encode(&self, path: &Path, row: &Row, max_length: usize) -> Result<Encoded, DataError> {
         // `spans` are the token ranges of the answers.
         let (mut ids, spans, uneven) = match &row.content {

@@ -60,7 +60,11 @@ impl KvCache {
             let rows = layer.drain(..).flat_map(|rows| vec![rows; copies]);
             *layer = rows.collect();
         }
-        self.lengths = self.lengths.iter().flat_map(|length| vec![*length; copies]).collect();
+        self.lengths = self
+            .lengths
+            .iter()
+            .flat_map(|length| vec![*length; copies])
+            .collect();
     }
 
     /// Takes up the sequences of another cache of the model, behind its own.

@@ -9,8 +9,8 @@ use serde::Serialize;
 use super::OpdError;
 use crate::batch::Batch;
 use crate::data::Sample;
-use crate::opd::Task;
 use crate::model::{Mode, Model};
+use crate::opd::Task;
 use crate::teacher::{Asked, LogitRows, Scores, Teacher};
 
 /// Rows of logits that exist at a time.
@@ -80,8 +80,14 @@ impl Sum {
                 Scores::Full(teacher) => {
                     read(teacher.as_ref(), chunk.clone(), &mut rows.1)?;
                     let theirs = rows.1.len() / chunk.len();
-                    let pairs = rows.1.par_chunks_exact(theirs).zip(rows.0.par_chunks_exact(width));
-                    pairs.zip(labels).map(|((p, q), label)| Row::full(p, q, *label)).collect()
+                    let pairs = rows
+                        .1
+                        .par_chunks_exact(theirs)
+                        .zip(rows.0.par_chunks_exact(width));
+                    pairs
+                        .zip(labels)
+                        .map(|((p, q), label)| Row::full(p, q, *label))
+                        .collect()
                 }
                 Scores::Top(top) => {
                     let range = chunk.start * top.k..chunk.end * top.k;
@@ -172,7 +178,11 @@ impl Row {
         let of = |id: &u32| all.get(*id as usize).copied().unwrap_or(f64::NEG_INFINITY);
         let mut p: Vec<f64> = logprobs.iter().map(|log| f64::from(*log)).collect();
         let mut q: Vec<f64> = ids.iter().map(of).collect();
-        let rest = |logs: &[f64]| (1.0 - logs.iter().map(|log| log.exp()).sum::<f64>()).max(1e-12).ln();
+        let rest = |logs: &[f64]| {
+            (1.0 - logs.iter().map(|log| log.exp()).sum::<f64>())
+                .max(1e-12)
+                .ln()
+        };
         let tails = (rest(&p), rest(&q));
         let known = ids.iter().position(|id| *id == label).map(|at| -p[at]);
         p.push(tails.0);
@@ -242,7 +252,9 @@ impl LogitRows for StudentRows<'_> {
     }
 
     fn read(&self, rows: Range<usize>, out: &mut [f32]) -> candle_core::Result<()> {
-        let logits = self.model.logits(&self.hidden.narrow(0, rows.start, rows.len())?)?;
+        let logits = self
+            .model
+            .logits(&self.hidden.narrow(0, rows.start, rows.len())?)?;
         out.copy_from_slice(&logits.flatten_all()?.to_vec1::<f32>()?);
         Ok(())
     }
@@ -260,8 +272,11 @@ pub fn measure(
         let asked = asked(part);
         let batch = Batch::new(asked.iter().map(|text| (text.ids, text.labels)));
         let scores = teacher.score(&asked)?;
-        let (rows, labels): (Vec<u32>, Vec<u32>) =
-            batch.targets().into_iter().map(|(row, label)| (row as u32, label)).unzip();
+        let (rows, labels): (Vec<u32>, Vec<u32>) = batch
+            .targets()
+            .into_iter()
+            .map(|(row, label)| (row as u32, label))
+            .unzip();
         let hidden = student.hidden(&batch, Mode::INFERENCE)?;
         let rows = Tensor::from_vec(rows, labels.len(), hidden.device())?;
         let rows = StudentRows {
@@ -295,15 +310,15 @@ pub(super) fn measure_teacher(
 
 /// The rows with the answers that they have.
 fn asked(tasks: &[Task]) -> Vec<Asked<'_>> {
-    let one = |task: &'_ Task| {
-        let Sample { ids, labels, .. } = task.sample.as_ref()?;
-        Some(Asked {
-            ids,
-            labels,
-            route: task.route.as_deref(),
-        })
-    };
-    tasks.iter().filter_map(one).collect()
+    let answered = tasks
+        .iter()
+        .filter_map(|task| Some((task, task.sample.as_ref()?)));
+    let asked = answered.map(|(task, Sample { ids, labels, .. })| Asked {
+        ids,
+        labels,
+        route: task.route.as_deref(),
+    });
+    asked.collect()
 }
 
 #[cfg(test)]
@@ -331,7 +346,8 @@ mod tests {
 
     fn found(scores: &Scores) -> Divergence {
         let mut sum = Sum::default();
-        sum.add(scores, &Given(STUDENT.repeat(130), 5), &[2; 130]).unwrap();
+        sum.add(scores, &Given(STUDENT.repeat(130), 5), &[2; 130])
+            .unwrap();
         sum.divergence()
     }
 
@@ -348,7 +364,12 @@ mod tests {
         near(found.forward_kl, 0.157_735_56);
         near(found.reverse_kl, 0.164_968_03);
         let (p, q) = (log_softmax(&TEACHER), log_softmax(&STUDENT));
-        let tv: f64 = p.iter().zip(&q).map(|(p, q)| (p.exp() - q.exp()).abs()).sum::<f64>() / 2.0;
+        let tv: f64 = p
+            .iter()
+            .zip(&q)
+            .map(|(p, q)| (p.exp() - q.exp()).abs())
+            .sum::<f64>()
+            / 2.0;
         near(found.acceptance_rate, 1.0 - tv);
         assert_eq!((found.tokens, found.top1_agreement), (130, Some(1.0)));
         near(Some(found.cross_entropy), -q[2]);

@@ -28,7 +28,9 @@ impl Draft {
     pub fn best(acceptance_rate: f64, cost: f64) -> Self {
         let with = |draft_tokens: usize| {
             // The sum of the geometric series, which is there at α = 1 too.
-            let tokens_per_run = (0..=draft_tokens).map(|i| acceptance_rate.powi(i as i32)).sum::<f64>();
+            let tokens_per_run = (0..=draft_tokens)
+                .map(|i| acceptance_rate.powi(i as i32))
+                .sum::<f64>();
             Self {
                 acceptance_rate,
                 cost,
@@ -38,7 +40,10 @@ impl Draft {
             }
         };
         let lengths = (1..=LONGEST).map(with);
-        lengths.fold(with(0), |best, next| if next.speed_up > best.speed_up { next } else { best })
+        lengths.fold(
+            with(0),
+            |best, next| if next.speed_up > best.speed_up { next } else { best },
+        )
     }
 }
 

@@ -38,7 +38,11 @@ impl Rolls<'_> {
     }
 
     /// The answers to all rows of these steps that the student answers itself, in their order.
-    pub(super) fn draw(&self, cast: &mut Cast<'_>, steps: &[(usize, Step)]) -> Result<Vec<Rollout>, OpdError> {
+    pub(super) fn draw(
+        &self,
+        cast: &mut Cast<'_>,
+        steps: &[(usize, Step)],
+    ) -> Result<Vec<Rollout>, OpdError> {
         let seed = self.options.train.sampling.seed;
         let (mut prompts, mut streams) = (Vec::new(), Vec::new());
         for (number, step) in steps {
@@ -75,7 +79,12 @@ impl Rolls<'_> {
     }
 
     /// The texts of a forward pass: rows as they are, or with the next of the answers that were drawn.
-    pub(super) fn texts(&self, pass: &[usize], on_policy: &[bool], answers: &mut VecDeque<Rollout>) -> Vec<Text> {
+    pub(super) fn texts(
+        &self,
+        pass: &[usize],
+        on_policy: &[bool],
+        answers: &mut VecDeque<Rollout>,
+    ) -> Vec<Text> {
         let mut texts = Vec::new();
         for (row, on_policy) in pass.iter().zip(on_policy) {
             let task = &self.tasks[*row];

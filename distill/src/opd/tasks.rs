@@ -126,7 +126,10 @@ mod tests {
         let batch = Batch::new([(&*text.ids, &*text.labels)]);
         assert_eq!(batch.targets(), [(1, 7), (2, 2)]);
         assert_eq!(text.targets(), 2);
-        assert_eq!(logprobs(&[text.clone(), text.clone()]), Some(vec![-0.5, -0.25, -0.5, -0.25]));
+        assert_eq!(
+            logprobs(&[text.clone(), text.clone()]),
+            Some(vec![-0.5, -0.25, -0.5, -0.25])
+        );
         let sample = text.clone().sample();
         assert_eq!(logprobs(&[text, Text::off_policy(&task, &sample)]), None);
     }

@@ -43,7 +43,11 @@ impl Draw {
     /// The token that a number from [0, 1) stands for.
     fn token(&self, logits: &[f32], chance: f64) -> (u32, f32) {
         let best = largest(logits);
-        let temperature = if self.temperature > 0.0 { self.temperature } else { 1.0 };
+        let temperature = if self.temperature > 0.0 {
+            self.temperature
+        } else {
+            1.0
+        };
         let top = f64::from(logits[best]);
         let weight = |logit: &f32| ((f64::from(*logit) - top) / temperature).exp();
         let weights: Vec<f64> = logits.iter().map(weight).collect();
@@ -138,7 +142,10 @@ mod tests {
             [random] = streams;
             counts[token as usize] += 1;
             let p = [0.1, 0.4, 0.2, 0.3][token as usize];
-            let sum: f64 = [0.1f64, 0.4, 0.2, 0.3].iter().map(|p| p.powf(1.0 / draw.temperature)).sum();
+            let sum: f64 = [0.1f64, 0.4, 0.2, 0.3]
+                .iter()
+                .map(|p| p.powf(1.0 / draw.temperature))
+                .sum();
             let expected = (f64::powf(p, 1.0 / draw.temperature) / sum).ln();
             assert!((f64::from(logprob) - expected).abs() < 1e-6);
         }
@@ -186,6 +193,10 @@ mod tests {
             assert_eq!(token, 1);
             assert!((f64::from(logprob) - 0.4f64.ln()).abs() < 1e-6);
         }
-        assert_eq!(Draw::GREEDY.token(&[1.0, 2.0, 2.0], 0.0).0, 1, "the first of equals");
+        assert_eq!(
+            Draw::GREEDY.token(&[1.0, 2.0, 2.0], 0.0).0,
+            1,
+            "the first of equals"
+        );
     }
 }

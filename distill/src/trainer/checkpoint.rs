@@ -27,7 +27,8 @@ const TENSORS_FILE: &str = "trainer.safetensors";
 const MODEL_FILE: &str = "model.safetensors";
 const PREFIX: &str = "checkpoint-";
 
-type Cause = Box<dyn Error + Send + Sync>;
+/// What went wrong with writing.
+pub type Cause = Box<dyn Error + Send + Sync>;
 
 /// Writes what a run would end with into a folder.
 pub type Export<'a> = &'a dyn Fn(&Path) -> Result<(), Cause>;
