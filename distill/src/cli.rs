@@ -9,6 +9,7 @@ pub mod report;
 mod resume;
 mod run;
 pub mod sft;
+pub mod shrink;
 
 use std::io::IsTerminal as _;
 use std::path::Path;
@@ -47,6 +48,7 @@ enum Command {
     Sft(Box<sft::Args>),
     Plan(Box<plan::Args>),
     Eval(eval::Args),
+    Shrink(shrink::Args),
     Report(report::Args),
 }
 
@@ -120,6 +122,7 @@ impl Cli {
             Command::Sft(args) => sft::run(*args, output),
             Command::Plan(args) => plan::run(*args, output),
             Command::Eval(args) => eval::run(&args, output),
+            Command::Shrink(args) => shrink::run(&args, output),
             Command::Report(args) => report::run(&args, output),
         };
         let Err(error) = result else {

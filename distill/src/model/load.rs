@@ -109,6 +109,7 @@ impl<'a> Loader<'a> {
             weight,
             bias,
             lora: None,
+            watch: None,
         })
     }
 
