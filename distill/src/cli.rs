@@ -11,6 +11,7 @@ mod resume;
 mod run;
 pub mod sft;
 mod show;
+pub mod shrink;
 
 use std::io::IsTerminal as _;
 use std::path::Path;
@@ -51,6 +52,7 @@ enum Command {
     Opd(Box<opd::Args>),
     Plan(Box<plan::Args>),
     Eval(eval::Args),
+    Shrink(shrink::Args),
     Report(report::Args),
 }
 
@@ -125,6 +127,7 @@ impl Cli {
             Command::Opd(args) => opd::run(*args, output),
             Command::Plan(args) => plan::run(*args, output),
             Command::Eval(args) => eval::run(&args, output),
+            Command::Shrink(args) => shrink::run(&args, output),
             Command::Report(args) => report::run(&args, output),
         };
         let Err(error) = result else {

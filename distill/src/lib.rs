@@ -21,6 +21,7 @@ pub mod plan;
 pub mod random;
 pub mod report;
 pub mod rollout;
+pub mod shrink;
 pub mod teacher;
 pub mod template;
 pub mod trainer;

@@ -256,7 +256,9 @@ fn is_absent<T: 'static>(value: &T) -> bool {
 }
 
 /// Values with commas between them.
-fn parse_list<T: std::str::FromStr<Err: std::fmt::Display>>(text: &str) -> Result<List<T>, String> {
+pub(super) fn parse_list<T: std::str::FromStr<Err: std::fmt::Display>>(
+    text: &str,
+) -> Result<List<T>, String> {
     let parts = text.split(',').map(str::trim).filter(|part| !part.is_empty());
     let values = parts.map(|part| part.parse().map_err(|e| format!("{part:?}: {e}")));
     Ok(List(values.collect::<Result<_, _>>()?))

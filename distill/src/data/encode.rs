@@ -1,5 +1,6 @@
 //! Rows to tokens: the checkpoint's tokenizer and chat template, and labels on the answers only.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
@@ -7,6 +8,7 @@ use pipit_convert::checkpoint::read_json_object;
 use pipit_convert::import::GgufCheckpoint;
 use rayon::prelude::*;
 use serde_json::Value;
+use sha2::{Digest as _, Sha256};
 use tokenizers::Tokenizer;
 
 use super::{Content, DataError, DataReport, Row, Rows};
@@ -130,6 +132,34 @@ impl Encoder {
     /// The text of tokens, without special ones.
     pub fn decode(&self, ids: &[u32]) -> Result<String, DataError> {
         self.tokenizer.decode(ids, true).map_err(|e| self.bad(&e))
+    }
+
+    /// The tokens of the vocabulary with their ids.
+    pub fn vocabulary(&self) -> BTreeMap<u32, String> {
+        let tokens = self.tokenizer.get_vocab(true).into_iter();
+        tokens.map(|(token, id)| (id, token)).collect()
+    }
+
+    /// Tokens that are added to the tokenizer's own, special ones among them.
+    pub fn added_tokens(&self) -> BTreeSet<u32> {
+        self.tokenizer.get_added_tokens_decoder().into_keys().collect()
+    }
+
+    /// The sha256 of the tokenizer: equal for equal ones, however their files are written.
+    pub fn tokenizer_sha256(&self) -> Result<String, DataError> {
+        let json = self.tokenizer.to_string(false).map_err(|e| self.bad(&e))?;
+        Ok(sha256(&[&json]))
+    }
+
+    /// The sha256 of the chat template and the special tokens that it may name; of nothing, where there is none.
+    pub fn template_sha256(&self) -> String {
+        let parts = self.template.iter().flat_map(ChatTemplate::parts);
+        sha256(&parts.collect::<Vec<_>>())
+    }
+
+    /// The text of tokens, with special ones.
+    pub fn text(&self, ids: &[u32]) -> Result<String, DataError> {
+        self.tokenizer.decode(ids, false).map_err(|e| self.bad(&e))
     }
 
     fn bad(&self, why: &tokenizers::Error) -> DataError {
@@ -412,6 +442,16 @@ impl Encoder {
             }
         }
     }
+}
+
+/// The sha256 of texts, told apart by their lengths, in hexadecimal digits.
+fn sha256(texts: &[&str]) -> String {
+    let mut hash = Sha256::new();
+    for text in texts {
+        hash.update((text.len() as u64).to_le_bytes());
+        hash.update(text);
+    }
+    hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// Where `ids` goes on after `before`, and whether the border is not clean: a token straddles it.
