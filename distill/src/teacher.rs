@@ -112,7 +112,9 @@ pub enum TeacherError {
     #[error(transparent)]
     Served(#[from] ServedError),
     /// A sequence is longer than it takes.
-    #[error("a sequence has {tokens} tokens, and the teacher {teacher} takes {longest}\nhint: shorten prompts with --max-length, or answers with --max-new-tokens")]
+    #[error(
+        "a sequence has {tokens} tokens, and the teacher {teacher} takes {longest}\nhint: shorten prompts with --max-length, or answers with --max-new-tokens"
+    )]
     TooLong {
         /// The teacher.
         teacher: String,
@@ -142,7 +144,9 @@ pub enum TeacherError {
         source: std::io::Error,
     },
     /// A cache belongs to something else.
-    #[error("{path} holds scores of another {what}: {found}, not {wanted}\nhint: name another folder, or remove this one")]
+    #[error(
+        "{path} holds scores of another {what}: {found}, not {wanted}\nhint: name another folder, or remove this one"
+    )]
     ForeignCache {
         /// The folder.
         path: PathBuf,
@@ -154,7 +158,9 @@ pub enum TeacherError {
         wanted: String,
     },
     /// A folder that is no cache.
-    #[error("{path} is no cache of scores: {why}\nhint: name a new folder, or one that pipit-distill has made")]
+    #[error(
+        "{path} is no cache of scores: {why}\nhint: name a new folder, or one that pipit-distill has made"
+    )]
     NoCache {
         /// The folder.
         path: PathBuf,
@@ -162,7 +168,9 @@ pub enum TeacherError {
         why: String,
     },
     /// What is to be cached has no most probable tokens.
-    #[error("{teacher} tells the probability of single tokens only, and a cache keeps the most probable ones\nhint: ask it for its top k")]
+    #[error(
+        "{teacher} tells the probability of single tokens only, and a cache keeps the most probable ones\nhint: ask it for its top k"
+    )]
     NothingToCache {
         /// The teacher.
         teacher: String,
@@ -185,7 +193,9 @@ pub enum TeacherError {
         known: String,
     },
     /// Several teachers answer differently.
-    #[error("the teachers give scores of more than one kind: all logits, the top k, or single tokens\nhint: --teacher-top-k brings all logits down to the top k")]
+    #[error(
+        "the teachers give scores of more than one kind: all logits, the top k, or single tokens\nhint: --teacher-top-k brings all logits down to the top k"
+    )]
     MixedScores,
 }
 

@@ -52,9 +52,21 @@ impl Binding {
     fn difference(&self, other: &Self) -> Option<(&'static str, String, String)> {
         let pairs = [
             ("teacher", self.teacher.clone(), other.teacher.clone()),
-            ("tokenizer", self.tokenizer_sha256.clone(), other.tokenizer_sha256.clone()),
-            ("chat template", self.template_sha256.clone(), other.template_sha256.clone()),
-            ("vocabulary size", self.vocab_size.to_string(), other.vocab_size.to_string()),
+            (
+                "tokenizer",
+                self.tokenizer_sha256.clone(),
+                other.tokenizer_sha256.clone(),
+            ),
+            (
+                "chat template",
+                self.template_sha256.clone(),
+                other.template_sha256.clone(),
+            ),
+            (
+                "vocabulary size",
+                self.vocab_size.to_string(),
+                other.vocab_size.to_string(),
+            ),
             ("top k", self.top_k.to_string(), other.top_k.to_string()),
         ];
         pairs.into_iter().find(|(_, ours, theirs)| ours != theirs)
@@ -174,7 +186,10 @@ impl Teacher for Cached {
     }
 
     fn score(&mut self, sequences: &[Asked<'_>]) -> Result<Scores, TeacherError> {
-        let rows: Vec<usize> = sequences.iter().map(|asked| label_places(asked.labels).count()).collect();
+        let rows: Vec<usize> = sequences
+            .iter()
+            .map(|asked| label_places(asked.labels).count())
+            .collect();
         let mut scores = Vec::with_capacity(sequences.len());
         for (asked, rows) in sequences.iter().zip(&rows) {
             scores.push(self.read(&key(asked), *rows)?);
@@ -209,8 +224,12 @@ impl Teacher for Cached {
         let k = parts().map(|part| part.k).min().unwrap_or(self.top_k);
         let (mut ids, mut logprobs) = (Vec::new(), Vec::new());
         for part in parts() {
-            part.ids.chunks_exact(part.k).for_each(|row| ids.extend(&row[..k]));
-            part.logprobs.chunks_exact(part.k).for_each(|row| logprobs.extend(&row[..k]));
+            part.ids
+                .chunks_exact(part.k)
+                .for_each(|row| ids.extend(&row[..k]));
+            part.logprobs
+                .chunks_exact(part.k)
+                .for_each(|row| logprobs.extend(&row[..k]));
         }
         Ok(Scores::Top(TopK { k, ids, logprobs }))
     }
@@ -303,9 +322,14 @@ fn unpack(bytes: &[u8], key: &str, rows: usize, vocab_size: usize) -> Result<Top
     let (found, k) = (count(header), count(header + 4));
     let numbers = found.checked_mul(k).ok_or("its counts are too large")?;
     if found != rows || Some(rest.len()) != numbers.checked_mul(8) {
-        return Err(format!("it has {found} rows of {k} tokens in {} bytes, and {rows} are asked for", rest.len()));
+        return Err(format!(
+            "it has {found} rows of {k} tokens in {} bytes, and {rows} are asked for",
+            rest.len()
+        ));
     }
-    let number = |i: usize, of: usize| -> [u8; 4] { std::array::from_fn(|plane| rest[(of * 4 + plane) * numbers + i]) };
+    let number = |i: usize, of: usize| -> [u8; 4] {
+        std::array::from_fn(|plane| rest[(of * 4 + plane) * numbers + i])
+    };
     let ids: Vec<u32> = (0..numbers).map(|i| u32::from_le_bytes(number(i, 0))).collect();
     let logprobs: Vec<f32> = (0..numbers).map(|i| f32::from_le_bytes(number(i, 1))).collect();
     let known = ids.iter().all(|id| (*id as usize) < vocab_size);
@@ -419,11 +443,27 @@ mod tests {
         let bits = |top: &TopK| top.logprobs.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
         assert_eq!(bits(&second), bits(&first));
         assert_eq!(asked.get(), 0);
-        assert_eq!(again.counts(), Counts { found: 3, asked: 0, damaged: 0 });
+        assert_eq!(
+            again.counts(),
+            Counts {
+                found: 3,
+                asked: 0,
+                damaged: 0
+            }
+        );
         // Other labels of the same tokens, and the same under another teacher's route, are something else.
-        let other = Asked { labels: &[-100, -100, 2, -100, 3], ..LONG };
+        let other = Asked {
+            labels: &[-100, -100, 2, -100, 3],
+            ..LONG
+        };
         assert_eq!(top(&mut again, &[other]).ids.len(), 4);
-        top(&mut again, &[Asked { route: Some("nl"), ..LONG }]);
+        top(
+            &mut again,
+            &[Asked {
+                route: Some("nl"),
+                ..LONG
+            }],
+        );
         assert_eq!(asked.get(), 2);
     }
 
@@ -435,7 +475,12 @@ mod tests {
         let path = cached.path(&key(&LONG));
         let whole = std::fs::read(&path).unwrap();
         let other = std::fs::read(cached.path(&key(&SHORT))).unwrap();
-        let mut cases = vec![whole[..whole.len() - 1].to_vec(), vec![], b"not zstd".to_vec(), other];
+        let mut cases = vec![
+            whole[..whole.len() - 1].to_vec(),
+            vec![],
+            b"not zstd".to_vec(),
+            other,
+        ];
         for at in 0..whole.len() {
             let mut flipped = whole.clone();
             flipped[at] ^= 0x10;
@@ -450,7 +495,11 @@ mod tests {
             assert_eq!(std::fs::read(&path).unwrap(), whole, "it is written anew");
         }
         // A flipped bit in what Zstandard does not look at may go unseen, and change nothing.
-        assert!(cached.counts().damaged >= cases_count - 4, "{:?}", cached.counts());
+        assert!(
+            cached.counts().damaged >= cases_count - 4,
+            "{:?}",
+            cached.counts()
+        );
     }
 
     #[test]
@@ -460,7 +509,10 @@ mod tests {
         let refused = |change: fn(&mut Binding)| {
             let mut binding = binding();
             change(&mut binding);
-            let teacher = Box::new(Four { full: true, asked: std::rc::Rc::default() });
+            let teacher = Box::new(Four {
+                full: true,
+                asked: std::rc::Rc::default(),
+            });
             match Cached::open(dir.path(), teacher, &binding) {
                 Err(error) => error.to_string(),
                 Ok(_) => panic!("not refused"),

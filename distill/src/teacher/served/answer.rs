@@ -42,7 +42,11 @@ pub struct Answered {
 
 impl ServedTeacher {
     /// The answers to questions, each with its own seed.
-    pub fn answers(&self, questions: &[(Question<'_>, u64)], draw: Draw) -> Result<Vec<Answered>, ServedError> {
+    pub fn answers(
+        &self,
+        questions: &[(Question<'_>, u64)],
+        draw: Draw,
+    ) -> Result<Vec<Answered>, ServedError> {
         in_parallel(questions.len(), self.workers(), |i, _| {
             let (question, seed) = &questions[i];
             self.answer(question, *seed, draw)
@@ -73,7 +77,10 @@ impl ServedTeacher {
             Question::Text(_) => choice["text"].as_str(),
         };
         let calls = &choice["message"]["tool_calls"];
-        let tool_calls = calls.as_array().is_some_and(|calls| !calls.is_empty()).then(|| calls.clone());
+        let tool_calls = calls
+            .as_array()
+            .is_some_and(|calls| !calls.is_empty())
+            .then(|| calls.clone());
         let reason = choice["finish_reason"].as_str();
         match (text, reason) {
             (None, _) if tool_calls.is_none() => Err(self.client.bad("has no text")),
