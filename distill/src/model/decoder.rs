@@ -14,7 +14,7 @@ use super::parts::QkvBias;
 use super::qwen3::Qwen3Block;
 use super::source::Source;
 use super::{
-    Architecture, Config, Embedding, Head, KvCache, Linear, Mode, ModelError, Parameter, QuantizedRows,
+    Architecture, Config, Embedding, Head, KvCache, Linear, Lora, Mode, ModelError, Parameter, QuantizedRows,
     VirtualTokens, Weight,
 };
 use crate::batch::{Batch, positions};
@@ -211,6 +211,16 @@ impl Model {
             let key_starts = widened(&starts, prefix.num_virtual_tokens).into();
             attention(q, &k, &v, heads, starts, key_starts)
         })
+    }
+
+    /// Everything of block `i` that is numbers in memory, its adapters too.
+    pub(crate) fn block_parameters(&self, i: usize) -> impl Iterator<Item = &Parameter> {
+        let layer = &self.layers[i];
+        let adapters = layer.linears().into_iter().filter_map(|linear| linear.lora.as_ref());
+        layer
+            .parameters()
+            .into_iter()
+            .chain(adapters.flat_map(Lora::parameters))
     }
 
     /// Gives back the memory that reading block `i`'s matrices took, where they are read from a file.
