@@ -153,7 +153,7 @@ fn sizes(
 
 /// The gradients that exist together where weights move at once: of what is in no block, and of the largest block.
 fn waiting(model: &Model) -> u64 {
-    let trained = model.trained().iter().map(|(_, var)| var.elem_count() as u64);
+    let trained = model.trained().into_iter().map(|(_, var)| var.elem_count() as u64);
     let of_block = |i: usize| -> u64 {
         let vars = model.block_parameters(i).filter_map(|parameter| parameter.var());
         vars.map(|var| var.elem_count() as u64).sum()
