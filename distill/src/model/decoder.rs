@@ -223,16 +223,6 @@ impl Model {
             .chain(adapters.flat_map(Lora::parameters))
     }
 
-    /// Gives back the memory that reading block `i`'s matrices took, where they are read from a file.
-    pub fn release(&self, i: usize) {
-        let matrices = self.layers[i].linears();
-        for linear in matrices {
-            if let Some(rows) = linear.weight.quantized() {
-                rows.release();
-            }
-        }
-    }
-
     /// The last norm, of the batch's tokens only, `[rows, hidden_size]` → `[tokens, hidden_size]`.
     pub fn last_norm(&self, x: &Tensor, pass: &Pass) -> Result<Tensor> {
         let x = take_before(x, pass.virtual_rows, &pass.token_starts)?;

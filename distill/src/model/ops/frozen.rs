@@ -53,6 +53,7 @@ impl Frozen {
                             let start = first + i * part;
                             matrix.dequantize(start..start + out.len() / columns, out);
                         });
+                    matrix.used();
                     f(first, &T::from_f32(tile));
                 }
                 Ok(())
