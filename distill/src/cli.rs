@@ -3,12 +3,15 @@
 mod adapter;
 pub mod eval;
 mod log;
+pub mod opd;
 pub mod options;
 pub mod plan;
 pub mod report;
 mod resume;
 mod run;
 pub mod sft;
+mod show;
+pub mod shrink;
 
 use std::io::IsTerminal as _;
 use std::path::Path;
@@ -26,6 +29,7 @@ use crate::data::DataReport;
     after_help = "Examples:\n  \
         pipit-distill plan --model smollm2 --data train.jsonl --method lora\n  \
         pipit-distill sft --model smollm2 --data train.jsonl --method lora -o run\n  \
+        pipit-distill opd --student small --teacher large --prompts train.jsonl -o run\n  \
         pipit-distill eval --model smollm2 --adapter run --data dev.jsonl --by language"
 )]
 pub struct Cli {
@@ -45,8 +49,10 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     Sft(Box<sft::Args>),
+    Opd(Box<opd::Args>),
     Plan(Box<plan::Args>),
     Eval(eval::Args),
+    Shrink(shrink::Args),
     Report(report::Args),
 }
 
@@ -118,8 +124,10 @@ impl Cli {
         };
         let result = match self.command {
             Command::Sft(args) => sft::run(*args, output),
+            Command::Opd(args) => opd::run(*args, output),
             Command::Plan(args) => plan::run(*args, output),
             Command::Eval(args) => eval::run(&args, output),
+            Command::Shrink(args) => shrink::run(&args, output),
             Command::Report(args) => report::run(&args, output),
         };
         let Err(error) = result else {

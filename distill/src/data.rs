@@ -12,7 +12,7 @@ pub use encode::{Encoder, Prompt, Sample};
 use pipit_convert::checkpoint::CheckpointError;
 use pipit_convert::import::ImportError;
 pub use report::DataReport;
-pub use rows::{Content, ReadRow, Row, Rows, read_rows};
+pub use rows::{Content, ReadRow, Row, Rows, read_prompts, read_rows};
 
 /// What can be wrong with data, a tokenizer or a chat template.
 #[derive(Debug, thiserror::Error)]

@@ -10,7 +10,7 @@ use serde_json::{Map, Value, json};
 use crate::model::{Mode, Model};
 
 /// What belongs to a checkpoint beside its weights.
-const BESIDE: [&str; 8] = [
+pub(crate) const BESIDE: [&str; 8] = [
     "config.json",
     "generation_config.json",
     "tokenizer.json",

@@ -32,7 +32,7 @@ pub use config::{Architecture, Config, Rope, Scaling};
 pub use decoder::Model;
 pub use embedding::Embedding;
 pub use head::{HEAD, Head};
-pub use linear::Linear;
+pub use linear::{Linear, Watch};
 pub use load::Keep;
 pub use lora::{EmbeddingLora, Lora, Magnitude};
 pub use parameter::{Mode, Parameter};

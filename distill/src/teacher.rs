@@ -1,14 +1,23 @@
 //! Teachers: whatever says how probable it finds each next token of a text.
 
+pub mod cache;
 mod checkpoint;
+pub mod gguf;
+pub mod routed;
+pub mod served;
+pub mod vocabulary;
 
 use std::ops::Range;
+use std::path::PathBuf;
+
+use pipit_convert::evaluate::EvaluateError;
 
 pub use checkpoint::{BaseTeacher, CheckpointTeacher};
 
 use crate::adapter::AdapterError;
 use crate::data::DataError;
 use crate::model::ModelError;
+use served::ServedError;
 
 /// A sequence whose labelled tokens a teacher is asked about.
 #[derive(Debug, Clone, Copy)]
@@ -19,6 +28,26 @@ pub struct Asked<'a> {
     pub labels: &'a [i64],
     /// Which of several teachers answers, where there are several.
     pub route: Option<&'a str>,
+}
+
+impl Asked<'_> {
+    /// Refuses a sequence that is longer than a teacher takes.
+    fn check_length(&self, longest: usize, teacher: impl FnOnce() -> String) -> Result<(), TeacherError> {
+        match self.ids.len() {
+            tokens if tokens > longest => Err(TeacherError::TooLong {
+                teacher: teacher(),
+                tokens,
+                longest,
+            }),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// The places of the labelled tokens of a sequence, which stand at their own token: never the first.
+pub(crate) fn label_places(labels: &[i64]) -> impl Iterator<Item = usize> {
+    let labels = labels.iter().enumerate().skip(1);
+    labels.filter(|(_, label)| **label >= 0).map(|(place, _)| place)
 }
 
 /// Logits of many rows that need not exist all at once.
@@ -76,6 +105,88 @@ pub enum TeacherError {
     /// The arithmetic failed.
     #[error(transparent)]
     Candle(#[from] candle_core::Error),
+    /// Its GGUF file cannot be used.
+    #[error(transparent)]
+    Gguf(#[from] EvaluateError),
+    /// Its server cannot be used.
+    #[error(transparent)]
+    Served(#[from] ServedError),
+    /// A sequence is longer than it takes.
+    #[error("a sequence has {tokens} tokens, and the teacher {teacher} takes {longest}\nhint: shorten prompts with --max-length, or answers with --max-new-tokens")]
+    TooLong {
+        /// The teacher.
+        teacher: String,
+        /// The tokens of the sequence.
+        tokens: usize,
+        /// The most tokens that the teacher takes.
+        longest: usize,
+    },
+    /// Its tokenizer is not the student's.
+    #[error(
+        "the teacher {teacher} has another tokenizer than the student {student}: {why}\nhint: pipit-distill generate lets it answer, and pipit-distill sft trains on the answers; that needs no common tokenizer"
+    )]
+    Tokenizer {
+        /// The teacher.
+        teacher: String,
+        /// The student.
+        student: String,
+        /// Where they differ.
+        why: String,
+    },
+    /// The file of a cache cannot be read or written.
+    #[error("{path}: {source}")]
+    CacheFile {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// A cache belongs to something else.
+    #[error("{path} holds scores of another {what}: {found}, not {wanted}\nhint: name another folder, or remove this one")]
+    ForeignCache {
+        /// The folder.
+        path: PathBuf,
+        /// What is different.
+        what: &'static str,
+        /// What it is there.
+        found: String,
+        /// What it is here.
+        wanted: String,
+    },
+    /// A folder that is no cache.
+    #[error("{path} is no cache of scores: {why}\nhint: name a new folder, or one that pipit-distill has made")]
+    NoCache {
+        /// The folder.
+        path: PathBuf,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// What is to be cached has no most probable tokens.
+    #[error("{teacher} tells the probability of single tokens only, and a cache keeps the most probable ones\nhint: ask it for its top k")]
+    NothingToCache {
+        /// The teacher.
+        teacher: String,
+    },
+    /// No teacher at all.
+    #[error("there is no teacher")]
+    NoTeacher,
+    /// Two teachers for one route.
+    #[error("two teachers for the route {route:?}")]
+    RouteTwice {
+        /// The route.
+        route: String,
+    },
+    /// A row names a teacher that is not there.
+    #[error("a row names {route}, which is no teacher\nhint: there are {known}")]
+    Route {
+        /// What the row says.
+        route: String,
+        /// The routes that are there.
+        known: String,
+    },
+    /// Several teachers answer differently.
+    #[error("the teachers give scores of more than one kind: all logits, the top k, or single tokens\nhint: --teacher-top-k brings all logits down to the top k")]
+    MixedScores,
 }
 
 /// A model that scores texts. Scores of equal texts are equal: the preflight asks twice.

@@ -84,6 +84,14 @@ impl ChatTemplate {
         Ok(Self { environment, special })
     }
 
+    /// The template as it stands in its file, then the names and texts of the special tokens.
+    pub fn parts(&self) -> impl Iterator<Item = &str> {
+        let source = self.environment.get_template(NAME).ok();
+        let source = source.map(|template| template.source()).into_iter();
+        let special = self.special.iter();
+        source.chain(special.flat_map(|(key, text)| [key.as_str(), text.as_str()]))
+    }
+
     /// The text of a conversation, whose assistant may call `tools`; with `add_generation_prompt` it ends where
     /// the answer begins.
     pub fn render(

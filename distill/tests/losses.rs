@@ -17,7 +17,10 @@ use pipit_distill::teacher::{LogitRows, Scores, TopK};
 
 const STUDENT: [f64; 5] = [0.0, 1.0, 2.0, -1.0, 0.5];
 const TEACHER: [f32; 5] = [1.0, 0.0, 2.0, -3.0, 0.25];
-const JSD: fn(f64) -> Loss = |beta| Loss::Jsd { beta, rescaled: false };
+const JSD: fn(f64) -> Loss = |beta| Loss::Jsd {
+    beta,
+    rescaled: false,
+};
 const LOSSES: [Loss; 9] = [
     Loss::ForwardKl,
     Loss::ReverseKl,
@@ -93,7 +96,11 @@ fn run(
     let distillation = Distillation::new(&batch(tokens), taught.into(), &objective, vocabulary).unwrap();
     let (loss, measures) = frozen_distillation_loss(&var, &Frozen::Dense(identity), distillation).unwrap();
     let gradient = loss.backward().unwrap().get(&var).unwrap().clone();
-    let gradient = gradient.narrow(0, 0, tokens.len()).unwrap().flatten_all().unwrap();
+    let gradient = gradient
+        .narrow(0, 0, tokens.len())
+        .unwrap()
+        .flatten_all()
+        .unwrap();
     let gradient = gradient.to_dtype(DType::F64).unwrap().to_vec1().unwrap();
     let loss = loss.to_dtype(DType::F64).unwrap().to_scalar().unwrap();
     (loss, gradient, measures)
@@ -155,19 +162,42 @@ fn values_and_gradients_are_the_golden_ones() {
         .0
     };
     let values = [hot(Loss::ForwardKl), hot(JSD(0.5)), hot(Loss::ReverseKl)];
-    assert_near(&values, &[0.070_456_27, 0.017_711_63, 0.073_913_19], 1e-8, "T = 2");
+    assert_near(
+        &values,
+        &[0.070_456_27, 0.017_711_63, 0.073_913_19],
+        1e-8,
+        "T = 2",
+    );
     let gradients = [
         (
             Loss::ForwardKl,
-            [-0.142_294_56, 0.126_745_52, -0.030_899_41, 0.024_029_37, 0.022_419_08],
+            [
+                -0.142_294_56,
+                0.126_745_52,
+                -0.030_899_41,
+                0.024_029_37,
+                0.022_419_08,
+            ],
         ),
         (
             JSD(0.5),
-            [-0.026_556_12, 0.033_931_45, -0.018_202_63, 0.007_317_66, 0.003_509_64],
+            [
+                -0.026_556_12,
+                0.033_931_45,
+                -0.018_202_63,
+                0.007_317_66,
+                0.003_509_64,
+            ],
         ),
         (
             Loss::ReverseKl,
-            [-0.092_837_71, 0.161_888_81, -0.122_961_81, 0.049_940_44, 0.003_970_27],
+            [
+                -0.092_837_71,
+                0.161_888_81,
+                -0.122_961_81,
+                0.049_940_44,
+                0.003_970_27,
+            ],
         ),
     ];
     for (loss, gradient) in gradients {
@@ -206,7 +236,12 @@ fn trls_and_torchs_values_and_gradients_are_ours() {
         assert_near(&[ours], &[value], 1e-9 * value.max(1.0), name);
         assert_near(&ours_gradient, &gradient, 1e-9, name);
         let (ours, ours_gradient, _) = run(&fixture["student"], &labels, full(&copy, width), objective);
-        assert_near(&[ours], &[value], 2e-6 * value.max(1.0), &format!("{name} in f32"));
+        assert_near(
+            &[ours],
+            &[value],
+            2e-6 * value.max(1.0),
+            &format!("{name} in f32"),
+        );
         assert_near(&ours_gradient, &gradient, 3e-6, &format!("{name} in f32"));
     };
     for temperature in [0.7, 1.0, 2.0] {
@@ -227,7 +262,11 @@ fn trls_and_torchs_values_and_gradients_are_ours() {
             let name = format!("top.{name}.{temperature:?}");
             compare(&name, top, full(&teacher, width));
             if temperature == 1.0 {
-                let ids = fixture["top.ids"].flatten_all().unwrap().to_vec1::<i64>().unwrap();
+                let ids = fixture["top.ids"]
+                    .flatten_all()
+                    .unwrap()
+                    .to_vec1::<i64>()
+                    .unwrap();
                 let logprobs = fixture["top.logprobs"].to_dtype(DType::F32).unwrap();
                 let top = TopK {
                     k: 8,
@@ -245,7 +284,11 @@ fn trls_and_torchs_values_and_gradients_are_ours() {
         compare(&forward, objective(Loss::SkewForwardKl { alpha }), full());
         compare(&reverse, objective(Loss::SkewReverseKl { alpha }), full());
     }
-    compare("total_variation", objective(Loss::TotalVariation), full(&teacher, width));
+    compare(
+        "total_variation",
+        objective(Loss::TotalVariation),
+        full(&teacher, width),
+    );
 }
 
 #[test]
@@ -322,7 +365,13 @@ fn losses_are_never_negative_and_a_tail_hides_but_never_adds() {
                         top_k,
                         ..objective(loss)
                     };
-                    run(&tensor(&student, 90), &tokens, full(&floats(&teacher), 90), objective).0
+                    run(
+                        &tensor(&student, 90),
+                        &tokens,
+                        full(&floats(&teacher), 90),
+                        objective,
+                    )
+                    .0
                 };
                 let whole = value(None);
                 assert!(whole > 0.0, "{loss:?}: {whole}");
@@ -336,7 +385,10 @@ fn losses_are_never_negative_and_a_tail_hides_but_never_adds() {
                 // In f32 it keeps its sign where there is something to see.
                 let narrow = tensor(&student, 90).to_dtype(DType::F32).unwrap();
                 let narrow = run(&narrow, &tokens, full(&floats(&teacher), 90), objective(loss)).0;
-                assert!((narrow - whole).abs() < 1e-6 * whole.max(1.0), "{loss:?}: {narrow} {whole}");
+                assert!(
+                    (narrow - whole).abs() < 1e-6 * whole.max(1.0),
+                    "{loss:?}: {narrow} {whole}"
+                );
                 assert!(narrow > 0.0 || whole < 1e-6, "{loss:?}: {narrow} {whole}");
             }
         }
@@ -360,7 +412,10 @@ fn jsd_goes_over_into_both_ends() {
     let [forward, reverse] = [Loss::ForwardKl, Loss::ReverseKl].map(|loss| golden(objective(loss)).0);
     // The plain value goes to zero, and jumps at the ends; divided by β or 1 − β it does not.
     for (near, within) in [(1e-2, 0.014), (1e-3, 0.0014)] {
-        let (left, right) = (golden(objective(JSD(near))).0, golden(objective(JSD(1.0 - near))).0);
+        let (left, right) = (
+            golden(objective(JSD(near))).0,
+            golden(objective(JSD(1.0 - near))).0,
+        );
         assert!((left / near / forward - 1.0).abs() < within, "{left}");
         assert!((right / near / reverse - 1.0).abs() < within, "{right}");
         let rescaled = |beta| golden(objective(Loss::Jsd { beta, rescaled: true }));
@@ -400,7 +455,9 @@ fn the_square_of_the_temperature_multiplies_the_loss_only_when_asked() {
 fn a_chunk_of_rows_is_as_good_as_all_of_them_and_threads_change_no_bit() {
     let rows = 13;
     let tokens: Vec<u32> = (0..rows as u32).collect();
-    let logits = tensor(&random_logits(rows, 70, 5), 70).to_dtype(DType::F32).unwrap();
+    let logits = tensor(&random_logits(rows, 70, 5), 70)
+        .to_dtype(DType::F32)
+        .unwrap();
     let teacher = floats(&random_logits(rows, 70, 6));
     for loss in LOSSES {
         let of = |chunk| {
@@ -418,7 +475,10 @@ fn a_chunk_of_rows_is_as_good_as_all_of_them_and_threads_change_no_bit() {
             assert_near(&part.1, &all.1, 1e-6, loss.name());
         }
         let on = |threads| {
-            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            let pool = rayon::ThreadPoolBuilder::new()
+                .num_threads(threads)
+                .build()
+                .unwrap();
             pool.install(|| of(7))
         };
         assert_eq!(on(1), on(3));
@@ -428,9 +488,8 @@ fn a_chunk_of_rows_is_as_good_as_all_of_them_and_threads_change_no_bit() {
 #[test]
 fn a_teacher_with_padded_embeddings_is_cut_to_the_tokens_that_both_know() {
     let (student, teacher) = (random_logits(2, 9, 7), floats(&random_logits(2, 9, 8)));
-    let part = |x: &[f64], width: usize| -> Vec<f64> {
-        x.chunks(9).flat_map(|row| row[..width].to_vec()).collect()
-    };
+    let part =
+        |x: &[f64], width: usize| -> Vec<f64> { x.chunks(9).flat_map(|row| row[..width].to_vec()).collect() };
     let teacher_part: Vec<f32> = teacher.chunks(9).flat_map(|row| row[..6].to_vec()).collect();
     for loss in LOSSES {
         for top_k in [None, Some(3)] {
@@ -438,8 +497,18 @@ fn a_teacher_with_padded_embeddings_is_cut_to_the_tokens_that_both_know() {
                 top_k,
                 ..objective(loss)
             };
-            let equal = run(&tensor(&part(&student, 6), 6), &[1, 5], full(&teacher_part, 6), objective);
-            let padded_teacher = run(&tensor(&part(&student, 6), 6), &[1, 5], full(&teacher, 9), objective);
+            let equal = run(
+                &tensor(&part(&student, 6), 6),
+                &[1, 5],
+                full(&teacher_part, 6),
+                objective,
+            );
+            let padded_teacher = run(
+                &tensor(&part(&student, 6), 6),
+                &[1, 5],
+                full(&teacher, 9),
+                objective,
+            );
             assert_eq!((equal.0, &equal.1), (padded_teacher.0, &padded_teacher.1));
             let padded_student = run(&tensor(&student, 9), &[1, 5], full(&teacher_part, 6), objective);
             assert_eq!((equal.0, equal.1), (padded_student.0, part(&padded_student.1, 6)));
@@ -461,7 +530,13 @@ fn only_labelled_rows_count_and_the_first_answer_token_is_one_of_them() {
         let taught = full(&teacher, 5).into();
         let distillation = Distillation::new(&batch, taught, &objective(Loss::ForwardKl), 5).unwrap();
         let (loss, _) = frozen_distillation_loss(&var, &identity, distillation).unwrap();
-        let gradient = loss.backward().unwrap().get(&var).unwrap().to_vec2::<f64>().unwrap();
+        let gradient = loss
+            .backward()
+            .unwrap()
+            .get(&var)
+            .unwrap()
+            .to_vec2::<f64>()
+            .unwrap();
         (loss.to_scalar::<f64>().unwrap(), gradient)
     };
     let (loss, gradient) = of(&logits);
@@ -509,7 +584,11 @@ fn the_policy_gradient_is_that_of_the_reverse_kl_on_average_over_the_students_to
         (gradient, measures.sampled_kl.unwrap())
     };
     let gradients: Vec<(Vec<f64>, f64)> = (0..5).map(gradient).collect();
-    let mean = |i: usize| (0..5).map(|token| q[token].exp() * gradients[token].0[i]).sum::<f64>();
+    let mean = |i: usize| {
+        (0..5)
+            .map(|token| q[token].exp() * gradients[token].0[i])
+            .sum::<f64>()
+    };
     assert_near(&(0..5).map(mean).collect::<Vec<_>>(), &exact, 1e-7, "enumeration");
     let kl: f64 = (0..5).map(|token| q[token].exp() * gradients[token].1).sum();
     assert!((kl - 0.164_968_03).abs() < 1e-7);
@@ -531,7 +610,11 @@ fn the_policy_gradient_is_that_of_the_reverse_kl_on_average_over_the_students_to
     for i in 0..5 {
         let mean = sums[i] / f64::from(count);
         let error = ((squares[i] / f64::from(count) - mean * mean) / f64::from(count)).sqrt();
-        assert!((mean - exact[i]).abs() < 4.0 * error, "{i}: {mean} ± {error}, not {}", exact[i]);
+        assert!(
+            (mean - exact[i]).abs() < 4.0 * error,
+            "{i}: {mean} ± {error}, not {}",
+            exact[i]
+        );
     }
 }
 
@@ -545,7 +628,12 @@ fn an_old_student_is_weighed_by_the_importance_ratio() {
     let log_p: Vec<f64> = (0..3).map(|i| of_token(&wide, i)).collect();
     let with = |old: Option<Vec<f32>>, discount| {
         let scores = full(&teacher, 5);
-        run(&tensor(&student, 5), &tokens, Taught { scores, old }, policy(discount))
+        run(
+            &tensor(&student, 5),
+            &tokens,
+            Taught { scores, old },
+            policy(discount),
+        )
     };
     // On the first step the student is the one that sampled: the ratio is 1.
     let same = with(Some(now.iter().map(|x| *x as f32).collect()), 0.0);
@@ -609,7 +697,9 @@ fn reverse_kl_picks_one_mode_and_forward_kl_covers_both() {
         let (mut centre, mut log_width) = (12.0f64, 2.0f64);
         for _ in 0..4000 {
             let width = log_width.exp();
-            let logits: Vec<f64> = (0..40).map(|x| -(f64::from(x) - centre).powi(2) / width).collect();
+            let logits: Vec<f64> = (0..40)
+                .map(|x| -(f64::from(x) - centre).powi(2) / width)
+                .collect();
             let gradient = run(&tensor(&logits, 40), &[0], full(&narrow, 40), objective(loss)).1;
             let places = (0..40).map(f64::from).zip(&gradient);
             let by_centre: f64 = places.clone().map(|(x, g)| g * 2.0 * (x - centre) / width).sum();
@@ -620,9 +710,15 @@ fn reverse_kl_picks_one_mode_and_forward_kl_covers_both() {
         (centre, log_width.exp())
     };
     let (centre, width) = fit(Loss::ReverseKl);
-    assert!((centre - 8.0).abs() < 0.5 && (width - 8.0).abs() < 2.0, "{centre} {width}");
+    assert!(
+        (centre - 8.0).abs() < 0.5 && (width - 8.0).abs() < 2.0,
+        "{centre} {width}"
+    );
     let (centre, width) = fit(Loss::ForwardKl);
-    assert!((15.0..23.0).contains(&centre) && width > 100.0, "{centre} {width}");
+    assert!(
+        (15.0..23.0).contains(&centre) && width > 100.0,
+        "{centre} {width}"
+    );
 }
 
 #[test]
@@ -640,7 +736,13 @@ fn what_cannot_be_computed_is_refused_by_name() {
     assert!(refused(policy(1.5)).contains("discount"));
     let top_k = Some(0);
     assert!(refused(Objective { top_k, ..base }).contains("top_k"));
-    assert!(refused(Objective { ce_weight: -1.0, ..base }).contains("ce_weight"));
+    assert!(
+        refused(Objective {
+            ce_weight: -1.0,
+            ..base
+        })
+        .contains("ce_weight")
+    );
     assert!(refused(Objective { chunk: 0, ..base }).contains("chunk"));
     LOSSES.iter().for_each(|loss| objective(*loss).check().unwrap());
 
@@ -694,7 +796,10 @@ fn one_token_and_a_tail_are_not_zero_under_reverse_kl() {
     let q = log_softmax(&STUDENT)[2];
     let kl = |p: f64, q: f64| q * (q / p).ln();
     let p = f64::from(-0.4f32).exp();
-    assert!((value - kl(p, q.exp()) - kl(1.0 - p, 1.0 - q.exp())).abs() < 1e-12, "{value}");
+    assert!(
+        (value - kl(p, q.exp()) - kl(1.0 - p, 1.0 - q.exp())).abs() < 1e-12,
+        "{value}"
+    );
     assert!(gradient.iter().all(|g| *g != 0.0) && gradient.iter().sum::<f64>().abs() < 1e-12);
     assert_eq!(measures.sampled_kl, None);
 }

@@ -54,7 +54,9 @@ fn sequences() -> Vec<(Vec<u32>, Vec<i64>)> {
 type Sequences = [(Vec<u32>, Vec<i64>)];
 
 fn batch(sequences: &Sequences) -> Batch {
-    let parts = sequences.iter().map(|(ids, labels)| (ids.as_slice(), labels.as_slice()));
+    let parts = sequences
+        .iter()
+        .map(|(ids, labels)| (ids.as_slice(), labels.as_slice()));
     Batch::new(parts)
 }
 
@@ -75,7 +77,10 @@ fn logits(teacher: &mut dyn Teacher, sequences: &Sequences) -> Vec<f32> {
     let Scores::Full(rows) = scores(teacher, sequences) else {
         panic!("not all logits")
     };
-    assert_eq!((rows.rows(), rows.vocab_size()), (batch(sequences).trained_tokens(), 256));
+    assert_eq!(
+        (rows.rows(), rows.vocab_size()),
+        (batch(sequences).trained_tokens(), 256)
+    );
     let mut all = vec![f32::NAN; rows.rows() * 256];
     // In parts that fit no chunk.
     for first in (0..rows.rows()).step_by(5) {
@@ -91,7 +96,9 @@ fn logits_of(model: &Model, sequences: &Sequences, mode: Mode) -> Vec<f32> {
     let logits = model.logits(&model.hidden(&batch, mode).unwrap()).unwrap();
     let logits = floats(&logits);
     let rows = batch.targets();
-    rows.iter().flat_map(|(row, _)| logits[row * 256..][..256].to_vec()).collect()
+    rows.iter()
+        .flat_map(|(row, _)| logits[row * 256..][..256].to_vec())
+        .collect()
 }
 
 /// The loss, its gradients by everything trained, and its parts.
@@ -108,9 +115,10 @@ fn run(
         .distillation_loss(&hidden, &batch, taught, objective, TRAIN)
         .unwrap();
     let grads = loss.backward().unwrap();
-    let gradients = model.trained().into_iter().map(|(name, var)| {
-        floats(grads.get(var).unwrap_or_else(|| panic!("{name} has no gradient")))
-    });
+    let gradients = model
+        .trained()
+        .into_iter()
+        .map(|(name, var)| floats(grads.get(var).unwrap_or_else(|| panic!("{name} has no gradient"))));
     let loss = f64::from(loss.to_scalar::<f32>().unwrap());
     (loss, gradients.collect(), measures)
 }
@@ -135,7 +143,13 @@ fn adapted(name: &str, keep: Keep, target_modules: &str, init: InitLoraWeights) 
 #[test]
 fn a_mapped_checkpoint_gives_the_bits_of_one_in_memory() {
     let sequences = sequences();
-    for name in ["tiny-tied", "tiny-untied", "tiny-qwen2", "tiny-qwen3", "tiny-gemma3"] {
+    for name in [
+        "tiny-tied",
+        "tiny-untied",
+        "tiny-qwen2",
+        "tiny-qwen3",
+        "tiny-gemma3",
+    ] {
         let mut teacher = CheckpointTeacher::open(&fixture(name), None).unwrap();
         assert!(teacher.model().quantized().count() > 0 && teacher.name().ends_with(name));
         assert_eq!(teacher.vocab_size(), 256);
@@ -150,7 +164,14 @@ fn a_mapped_checkpoint_gives_the_bits_of_one_in_memory() {
 fn a_teacher_with_an_adapter_is_the_adapted_model() {
     let sequences = sequences();
     // The last one has an adapter on the output layer too.
-    for adapter in ["all-linear", "dora", "embeddings", "prompt", "prefix", "modules-to-save"] {
+    for adapter in [
+        "all-linear",
+        "dora",
+        "embeddings",
+        "prompt",
+        "prefix",
+        "modules-to-save",
+    ] {
         let dir = fixture("adapters").join(adapter);
         let config = std::fs::read(dir.join("adapter_config.json")).unwrap();
         let config: serde_json::Value = serde_json::from_slice(&config).unwrap();
@@ -191,21 +212,39 @@ fn the_base_teaches_with_the_adapter_off() {
         let mut model = Model::open(&base, false).unwrap();
         Adapter::load(&mut model, &dir).unwrap();
         let plain = logits_of(&Model::open(&base, false).unwrap(), &sequences, Mode::INFERENCE);
-        assert_eq!(logits(&mut BaseTeacher::new(&model).unwrap(), &sequences), plain, "{name}");
+        assert_eq!(
+            logits(&mut BaseTeacher::new(&model).unwrap(), &sequences),
+            plain,
+            "{name}"
+        );
     }
     let trained = Model::open(&fixture("tiny-untied"), true).unwrap();
     let error = BaseTeacher::new(&trained).unwrap_err();
-    assert!(matches!(&error, TeacherError::BaseIsTrained { tensor } if tensor == "model.embed_tokens.weight"));
+    assert!(
+        matches!(&error, TeacherError::BaseIsTrained { tensor } if tensor == "model.embed_tokens.weight")
+    );
 }
 
 #[test]
 fn a_student_that_is_its_teacher_does_not_drift() {
     let sequences = sequences();
-    let losses = [Loss::ForwardKl, Loss::ReverseKl, JSD, Loss::SkewForwardKl { alpha: 0.1 }];
-    for (name, loss) in ["tiny-tied", "tiny-untied", "tiny-gemma3", "tiny-qwen3"].into_iter().zip(losses) {
+    let losses = [
+        Loss::ForwardKl,
+        Loss::ReverseKl,
+        JSD,
+        Loss::SkewForwardKl { alpha: 0.1 },
+    ];
+    for (name, loss) in ["tiny-tied", "tiny-untied", "tiny-gemma3", "tiny-qwen3"]
+        .into_iter()
+        .zip(losses)
+    {
         for max_grad_norm in [0.0, 1.0] {
             let model = Model::open(&fixture(name), true).unwrap();
-            let start: Vec<Tensor> = model.trained().iter().map(|(_, var)| var.copy().unwrap()).collect();
+            let start: Vec<Tensor> = model
+                .trained()
+                .iter()
+                .map(|(_, var)| var.copy().unwrap())
+                .collect();
             let mut teacher = CheckpointTeacher::open(&fixture(name), None).unwrap();
             let options = LearnerOptions {
                 adamw: AdamWOptions {
@@ -223,7 +262,9 @@ fn a_student_that_is_its_teacher_does_not_drift() {
                 let taught = scores(&mut teacher, &sequences).into();
                 let loss_of = |hidden: &_| {
                     let objective = objective(loss);
-                    Ok(model.distillation_loss(hidden, &batch, taught, &objective, TRAIN)?.0)
+                    Ok(model
+                        .distillation_loss(hidden, &batch, taught, &objective, TRAIN)?
+                        .0)
                 };
                 let count = batch.trained_tokens();
                 let (loss, norm) = if learner.moves_at_once(1) {
@@ -284,10 +325,22 @@ fn the_chunk_changes_nothing_whatever_the_output_layer() {
     let on_head = r".*(lm_head|q_proj|down_proj)";
     let models = [
         ("trained", Model::open(&fixture("tiny-tied"), true).unwrap()),
-        ("frozen", adapted("tiny-tied", Keep::Frozen, "all-linear", InitLoraWeights::False)),
-        ("blocks", adapted("tiny-tied", blocks, "all-linear", InitLoraWeights::False)),
-        ("adapted", adapted("tiny-tied", Keep::Frozen, on_head, InitLoraWeights::False)),
-        ("adapted blocks", adapted("tiny-tied", blocks, on_head, InitLoraWeights::False)),
+        (
+            "frozen",
+            adapted("tiny-tied", Keep::Frozen, "all-linear", InitLoraWeights::False),
+        ),
+        (
+            "blocks",
+            adapted("tiny-tied", blocks, "all-linear", InitLoraWeights::False),
+        ),
+        (
+            "adapted",
+            adapted("tiny-tied", Keep::Frozen, on_head, InitLoraWeights::False),
+        ),
+        (
+            "adapted blocks",
+            adapted("tiny-tied", blocks, on_head, InitLoraWeights::False),
+        ),
     ];
     for (name, model) in &models {
         for loss in [JSD, Loss::ReverseKl] {
@@ -300,10 +353,16 @@ fn the_chunk_changes_nothing_whatever_the_output_layer() {
                 run(model, teacher, &sequences, &objective)
             };
             let (value, gradients, _) = of(256, &mut teacher);
-            assert!(value > 0.0 && gradients.iter().all(|g| g.iter().any(|g| *g != 0.0)), "{name}");
+            assert!(
+                value > 0.0 && gradients.iter().all(|g| g.iter().any(|g| *g != 0.0)),
+                "{name}"
+            );
             for chunk in [1, 7] {
                 let (other, others, _) = of(chunk, &mut teacher);
-                assert!((other - value).abs() < 1e-6 * value, "{name}: {other} and {value}");
+                assert!(
+                    (other - value).abs() < 1e-6 * value,
+                    "{name}: {other} and {value}"
+                );
                 for (ours, theirs) in others.iter().zip(&gradients) {
                     let largest = theirs.iter().fold(0.0f32, |max, g| max.max(g.abs()));
                     assert!(largest_difference(ours, theirs) < 1e-5 * largest, "{name}");
@@ -321,7 +380,10 @@ fn the_chunk_changes_nothing_whatever_the_output_layer() {
                 .distillation_loss(&hidden, &batch, taught, &objective, Mode::INFERENCE)
                 .unwrap();
             let measured = f64::from(measured.to_scalar::<f32>().unwrap());
-            assert!((measured - value).abs() < 1e-5 * value, "{name}: {measured} and {value}");
+            assert!(
+                (measured - value).abs() < 1e-5 * value,
+                "{name}: {measured} and {value}"
+            );
         }
     }
 }
@@ -351,7 +413,9 @@ fn a_student_comes_to_answer_like_its_teacher() {
         let taught = scores(&mut teacher, training).into();
         learner
             .accumulate(&batch, TRAIN, |hidden| {
-                Ok(model.distillation_loss(hidden, &batch, taught, &objective(JSD), TRAIN)?.0)
+                Ok(model
+                    .distillation_loss(hidden, &batch, taught, &objective(JSD), TRAIN)?
+                    .0)
             })
             .unwrap();
         let gradients = learner.gradients(batch.trained_tokens()).unwrap();
@@ -361,5 +425,8 @@ fn a_student_comes_to_answer_like_its_teacher() {
     let after_held_out = run(&model, &mut teacher, held_out, &forward).0;
     assert!(after < 0.1 * before, "{before} to {after}");
     println!("held out: {before_held_out} to {after_held_out}"); // shown when the test fails
-    assert!(after_held_out < before_held_out, "{before_held_out} to {after_held_out}");
+    assert!(
+        after_held_out < before_held_out,
+        "{before_held_out} to {after_held_out}"
+    );
 }

@@ -206,14 +206,25 @@ fn weights_that_move_at_once_move_by_the_same_bits() {
         kept
     };
     let models = || {
-        let mut models = adapters(&["modules-to-save", "prefix-projection", "prompt", "embeddings-dora"]);
+        let mut models = adapters(&[
+            "modules-to-save",
+            "prefix-projection",
+            "prompt",
+            "embeddings-dora",
+        ]);
         for name in ["tiny-tied", "tiny-untied", "tiny-gemma3", "tiny-qwen2"] {
             models.push((name.to_owned(), open(name, true)));
         }
-        models.push(("DoRA with dropout".into(), adapted("tiny-untied", "all-linear", 0.3)));
+        models.push((
+            "DoRA with dropout".into(),
+            adapted("tiny-untied", "all-linear", 0.3),
+        ));
         models
     };
-    let plain: Vec<_> = models().iter().map(|(_, model)| steps(model, false, false)).collect();
+    let plain: Vec<_> = models()
+        .iter()
+        .map(|(_, model)| steps(model, false, false))
+        .collect();
     for recompute in [false, true] {
         for ((name, model), plain) in models().iter().zip(&plain) {
             let ours = steps(model, recompute, true);

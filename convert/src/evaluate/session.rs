@@ -50,6 +50,11 @@ pub struct Session<O> {
     outputs: usize,
 }
 
+#[expect(unsafe_code, reason = "llama.cpp is C")]
+// SAFETY: model and context belong to no thread, and only the session has their addresses; llama.cpp is called from
+// within `&self` and `&mut self` only, and a session is not `Sync`. The observer goes along.
+unsafe impl<O: Send> Send for Session<O> {}
+
 impl<O: Observer> Session<O> {
     /// Checks the file, then loads the model.
     pub fn open(path: &Path, options: &Options, observer: O) -> Result<Self, EvaluateError> {

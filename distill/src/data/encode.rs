@@ -1,5 +1,6 @@
 //! Rows to tokens: the checkpoint's tokenizer and chat template, and labels on the answers only.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
@@ -7,6 +8,7 @@ use pipit_convert::checkpoint::read_json_object;
 use pipit_convert::import::GgufCheckpoint;
 use rayon::prelude::*;
 use serde_json::Value;
+use sha2::{Digest as _, Sha256};
 use tokenizers::Tokenizer;
 
 use super::{Content, DataError, DataReport, Row, Rows};
@@ -132,6 +134,34 @@ impl Encoder {
         self.tokenizer.decode(ids, true).map_err(|e| self.bad(&e))
     }
 
+    /// The tokens of the vocabulary with their ids.
+    pub fn vocabulary(&self) -> BTreeMap<u32, String> {
+        let tokens = self.tokenizer.get_vocab(true).into_iter();
+        tokens.map(|(token, id)| (id, token)).collect()
+    }
+
+    /// Tokens that are added to the tokenizer's own, special ones among them.
+    pub fn added_tokens(&self) -> BTreeSet<u32> {
+        self.tokenizer.get_added_tokens_decoder().into_keys().collect()
+    }
+
+    /// The sha256 of the tokenizer: equal for equal ones, however their files are written.
+    pub fn tokenizer_sha256(&self) -> Result<String, DataError> {
+        let json = self.tokenizer.to_string(false).map_err(|e| self.bad(&e))?;
+        Ok(sha256(&[&json]))
+    }
+
+    /// The sha256 of the chat template and the special tokens that it may name; of nothing, where there is none.
+    pub fn template_sha256(&self) -> String {
+        let parts = self.template.iter().flat_map(ChatTemplate::parts);
+        sha256(&parts.collect::<Vec<_>>())
+    }
+
+    /// The text of tokens, with special ones.
+    pub fn text(&self, ids: &[u32]) -> Result<String, DataError> {
+        self.tokenizer.decode(ids, false).map_err(|e| self.bad(&e))
+    }
+
     fn bad(&self, why: &tokenizers::Error) -> DataError {
         DataError::Tokenizer {
             path: self.tokenizer_path.clone(),
@@ -211,6 +241,42 @@ impl Encoder {
             });
         }
         Ok((samples, report))
+    }
+
+    /// The prompts of all rows of a file with their lines, and what became of the others. The report counts the prompts'
+    /// tokens.
+    pub fn prompts(&self, path: &Path, rows: &Rows) -> Result<(Vec<(usize, Prompt)>, DataReport), DataError> {
+        let mut report = DataReport {
+            rows: rows.rows.len(),
+            beyond_limit: rows.beyond_limit,
+            ..DataReport::default()
+        };
+        let encoded = rows.rows.par_iter().map(|row| match row {
+            Ok(row) => self.prompt(path, row).map(|prompt| Ok((row.line, prompt))),
+            Err(broken) => Ok(Err(broken.clone())),
+        });
+        let mut prompts = Vec::new();
+        for row in encoded.collect::<Result<Vec<_>, _>>()? {
+            match row {
+                Ok((line, Some(prompt))) if !prompt.ids.is_empty() => prompts.push((line, prompt)),
+                Ok((line, _)) => report.without_trained_token.push(line),
+                Err(broken) => report.broken.push(broken),
+            }
+        }
+        let sample = |(line, prompt): &(usize, Prompt)| Sample {
+            line: *line,
+            ids: prompt.ids.clone(),
+            labels: vec![IGNORED; prompt.ids.len()],
+        };
+        report.count(&prompts.iter().map(sample).collect::<Vec<_>>());
+        if prompts.is_empty() {
+            let why = report.warnings().into_iter().next();
+            return Err(DataError::Nothing {
+                path: path.to_path_buf(),
+                why: why.unwrap_or_else(|| "it is empty".into()),
+            });
+        }
+        Ok((prompts, report))
     }
 
     fn encode(&self, path: &Path, row: &Row, max_length: usize) -> Result<Encoded, DataError> {
@@ -376,6 +442,16 @@ impl Encoder {
             }
         }
     }
+}
+
+/// The sha256 of texts, told apart by their lengths, in hexadecimal digits.
+fn sha256(texts: &[&str]) -> String {
+    let mut hash = Sha256::new();
+    for text in texts {
+        hash.update((text.len() as u64).to_le_bytes());
+        hash.update(text);
+    }
+    hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// Where `ids` goes on after `before`, and whether the border is not clean: a token straddles it.

@@ -3,11 +3,12 @@
 
 use std::path::Path;
 
+use super::rows::Wanted;
 use super::{DataError, Rows};
 
-/// Reads the rows of a Parquet file, at most `limit`; their numbers, from 1, stand for lines.
+/// Reads the rows of a Parquet file that are wanted; their numbers, from 1, stand for lines.
 #[cfg(feature = "parquet")]
-pub(super) fn read(path: &Path, limit: Option<usize>) -> Result<Rows, DataError> {
+pub(super) fn read(path: &Path, wanted: Wanted) -> Result<Rows, DataError> {
     use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 
     // The library's messages begin with its name, which ours says already.
@@ -30,7 +31,7 @@ pub(super) fn read(path: &Path, limit: Option<usize>) -> Result<Rows, DataError>
         let json = json.into_inner();
         for bytes in json.split(|byte| *byte == b'\n').take(batch.num_rows()) {
             line += 1;
-            rows.push(limit, line, bytes);
+            rows.push(wanted, line, bytes);
         }
     }
     Ok(rows)
@@ -38,7 +39,7 @@ pub(super) fn read(path: &Path, limit: Option<usize>) -> Result<Rows, DataError>
 
 /// Refuses the file: this program was built without the feature.
 #[cfg(not(feature = "parquet"))]
-pub(super) fn read(path: &Path, _limit: Option<usize>) -> Result<Rows, DataError> {
+pub(super) fn read(path: &Path, _wanted: Wanted) -> Result<Rows, DataError> {
     Err(DataError::NoParquet {
         path: path.to_path_buf(),
     })

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::path::Path;
 
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 use super::DataError;
 
@@ -35,13 +35,23 @@ pub struct Rows {
 
 impl Rows {
     /// Takes up a line, or only counts it where there are enough.
-    pub(super) fn push(&mut self, limit: Option<usize>, line: usize, bytes: &[u8]) {
-        if limit.is_some_and(|limit| self.rows.len() >= limit) {
+    pub(super) fn push(&mut self, wanted: Wanted, line: usize, bytes: &[u8]) {
+        if wanted.limit.is_some_and(|limit| self.rows.len() >= limit) {
             self.beyond_limit += 1;
         } else {
-            self.rows.push(parse(bytes, line).map_err(|why| (line, why)));
+            self.rows
+                .push(parse(bytes, line, wanted.prompts).map_err(|why| (line, why)));
         }
     }
+}
+
+/// Which rows of a file are meant.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Wanted {
+    /// So many at most.
+    pub(super) limit: Option<usize>,
+    /// What comes before an answer is enough.
+    pub(super) prompts: bool,
 }
 
 /// The three shapes of a row.
@@ -63,11 +73,28 @@ pub enum Content {
 /// Reads the rows of a JSONL file, or of a `.parquet` file, at most `limit`. A line that is no row comes as its
 /// number and what is wrong with it.
 pub fn read_rows(path: &Path, limit: Option<usize>) -> Result<Rows, DataError> {
+    read(
+        path,
+        Wanted {
+            limit,
+            prompts: false,
+        },
+    )
+}
+
+/// Reads the rows of a file that something is to answer: an answer may be missing, and is then empty.
+/// [`Encoder::prompt`](super::Encoder::prompt) gives what comes before it. A row of `text` has no prompt, and comes
+/// as a line that is no row.
+pub fn read_prompts(path: &Path, limit: Option<usize>) -> Result<Rows, DataError> {
+    read(path, Wanted { limit, prompts: true })
+}
+
+fn read(path: &Path, wanted: Wanted) -> Result<Rows, DataError> {
     if path
         .extension()
         .is_some_and(|end| end.eq_ignore_ascii_case("parquet"))
     {
-        return super::parquet::read(path, limit);
+        return super::parquet::read(path, wanted);
     }
     let read = |source| DataError::Read {
         path: path.to_path_buf(),
@@ -82,13 +109,13 @@ pub fn read_rows(path: &Path, limit: Option<usize>) -> Result<Rows, DataError> {
             break;
         }
         if !bytes.trim_ascii().is_empty() {
-            rows.push(limit, line, &bytes);
+            rows.push(wanted, line, &bytes);
         }
     }
     Ok(rows)
 }
 
-fn parse(bytes: &[u8], line: usize) -> Result<Row, String> {
+fn parse(bytes: &[u8], line: usize, prompts: bool) -> Result<Row, String> {
     let mut columns: Map<String, Value> =
         serde_json::from_slice(bytes).map_err(|e| format!("not a JSON object: {e}"))?;
     // Tables of several kinds of rows have every column in every row: null is not there.
@@ -102,6 +129,14 @@ fn parse(bytes: &[u8], line: usize) -> Result<Row, String> {
     let (messages, tools) = (take("messages"), take("tools").map(tools).transpose()?);
     let content = match (messages, prompt, completion, whole) {
         (Some(Value::Array(messages)), None, None, None) => {
+            let mut messages = messages;
+            if prompts
+                && messages
+                    .last()
+                    .is_some_and(|message| message["role"] != "assistant")
+            {
+                messages.push(json!({"role": "assistant", "content": ""}));
+            }
             for (i, message) in messages.iter().enumerate() {
                 check(message).map_err(|why| format!("message {}: {why}", i + 1))?;
             }
@@ -112,6 +147,11 @@ fn parse(bytes: &[u8], line: usize) -> Result<Row, String> {
         }
         (Some(_), None, None, None) => return Err("`messages` is not an array".into()),
         (None, Some(prompt), Some(completion), None) => Content::Completion { prompt, completion },
+        (None, Some(prompt), None, None) if prompts => Content::Completion {
+            prompt,
+            completion: String::new(),
+        },
+        (None, None, None, Some(_)) if prompts => return Err("a `text` has no prompt".into()),
         (None, None, None, Some(text)) => Content::Text(text),
         _ => return Err("it needs exactly one of `messages`, `prompt` with `completion`, and `text`".into()),
     };
@@ -176,6 +216,29 @@ mod tests {
         assert_eq!((first.line, first.columns["language"].as_str()), (1, Some("nl")));
         let one = read(text, Some(1));
         assert_eq!((one.rows.len(), one.beyond_limit), (1, 6));
+    }
+
+    #[test]
+    fn a_prompt_needs_no_answer() {
+        let text = "{\"prompt\":\"a\"}\n{\"messages\":[{\"role\":\"user\",\"content\":\"x\"}]}\n{\"text\":\"b\"}\n\
+                    {\"messages\":[{\"role\":\"user\",\"content\":\"x\"},{\"role\":\"assistant\",\"content\":\"y\"},\
+                    {\"role\":\"user\",\"content\":\"z\"}]}\n{\"prompt\":\"a\",\"completion\":\"b\"}";
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), text).unwrap();
+        let rows = read_prompts(file.path(), None).unwrap().rows;
+        let answer = |row: usize| match &rows[row].as_ref().unwrap().content {
+            Content::Messages(messages) => (
+                messages.len(),
+                messages.last().unwrap()["content"].as_str().unwrap().to_owned(),
+            ),
+            Content::Completion { completion, .. } => (0, completion.clone()),
+            Content::Text(_) => panic!("a text"),
+        };
+        assert_eq!(answer(0), (0, String::new()));
+        assert_eq!(answer(1), (2, String::new()));
+        assert!(rows[2].as_ref().unwrap_err().1.contains("no prompt"));
+        assert_eq!(answer(3), (4, String::new()));
+        assert_eq!(answer(4), (0, "b".into()));
     }
 
     #[test]

@@ -14,7 +14,11 @@ pub(super) struct Jsd {
 
 impl Jsd {
     pub(super) fn new(beta: f64, rescaled: bool) -> Self {
-        let scale = if rescaled { 1.0 / (beta * (1.0 - beta)) } else { 1.0 };
+        let scale = if rescaled {
+            1.0 / (beta * (1.0 - beta))
+        } else {
+            1.0
+        };
         Self { beta, scale }
     }
 }
@@ -35,7 +39,11 @@ impl Divergence for Jsd {
 pub(super) fn log_mixture<T: Real>(share: T, log_p: T, log_q: T) -> T {
     // The larger is taken out, so that nothing overflows; share + (1 − share) is 1, to the bit.
     let p_is_larger = log_p > log_q;
-    let (larger, other) = if p_is_larger { (log_p, log_q) } else { (log_q, log_p) };
+    let (larger, other) = if p_is_larger {
+        (log_p, log_q)
+    } else {
+        (log_q, log_p)
+    };
     let of_q = T::one() - share;
     let (of_larger, of_other) = if p_is_larger { (share, of_q) } else { (of_q, share) };
     larger + (of_larger + of_other * (other - larger).exp()).ln()

@@ -19,12 +19,7 @@ pub(crate) struct Sampled {
 
 impl Sampled {
     /// Of targets that belong to these sequences, in order. Without `old` the student is the one that sampled.
-    pub(crate) fn new(
-        log_p: Vec<f64>,
-        old: Option<Vec<f64>>,
-        sequences: &[usize],
-        discount: f64,
-    ) -> Self {
+    pub(crate) fn new(log_p: Vec<f64>, old: Option<Vec<f64>>, sequences: &[usize], discount: f64) -> Self {
         let rewards = old.iter().flatten().zip(&log_p).map(|(old, log_p)| log_p - old);
         let mut advantages: Vec<f64> = rewards.collect();
         for at in (1..advantages.len()).rev() {
@@ -40,7 +35,13 @@ impl Sampled {
     }
 
     /// One target: the loss and log Q(y), and in place of the logits the gradient by logits whose softmax is Q.
-    pub(crate) fn compute<T: Real>(&self, target: usize, token: usize, logits: &mut [T], scale: f64) -> [f64; 2] {
+    pub(crate) fn compute<T: Real>(
+        &self,
+        target: usize,
+        token: usize,
+        logits: &mut [T],
+        scale: f64,
+    ) -> [f64; 2] {
         log_softmax(logits, scale);
         let log_q = logits[token].to_f64();
         let weight = match &self.old {

@@ -216,7 +216,10 @@ impl Model {
     /// Everything of block `i` that is numbers in memory, its adapters too.
     pub(crate) fn block_parameters(&self, i: usize) -> impl Iterator<Item = &Parameter> {
         let layer = &self.layers[i];
-        let adapters = layer.linears().into_iter().filter_map(|linear| linear.lora.as_ref());
+        let adapters = layer
+            .linears()
+            .into_iter()
+            .filter_map(|linear| linear.lora.as_ref());
         layer
             .parameters()
             .into_iter()

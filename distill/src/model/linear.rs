@@ -1,9 +1,18 @@
 //! Linear layers: frozen, trained, or frozen under an adapter.
 
+use std::fmt::Debug;
+use std::sync::Arc;
+
 use candle_core::{Result, Tensor};
 
 use super::ops::{frozen_linear, linear};
 use super::{Lora, Mode, Parameter, Weight};
+
+/// Sees the inputs of a linear layer.
+pub trait Watch: Debug + Send + Sync {
+    /// An input of a forward pass, `[rows, in]`.
+    fn see(&self, x: &Tensor) -> Result<()>;
+}
 
 /// A linear layer, y = x·Wᵀ + b.
 #[derive(Debug)]
@@ -14,6 +23,8 @@ pub struct Linear {
     pub bias: Option<Parameter>,
     /// The adapter.
     pub lora: Option<Lora>,
+    /// Who sees the inputs, while a model is measured.
+    pub watch: Option<Arc<dyn Watch>>,
 }
 
 impl Linear {
@@ -29,6 +40,9 @@ impl Linear {
 
     /// x `[rows, in]` → `[rows, out]`.
     pub fn forward(&self, x: &Tensor, mode: Mode) -> Result<Tensor> {
+        if let Some(watch) = &self.watch {
+            watch.see(x)?;
+        }
         let y = match (&self.lora, &self.weight) {
             (Some(lora), weight) if !mode.base => lora.forward(x, weight, mode)?,
             (_, Weight::Dense(weight)) if mode.gradient && weight.var().is_some() => {

@@ -112,6 +112,7 @@ impl<'a> Loader<'a> {
             weight,
             bias,
             lora: None,
+            watch: None,
         })
     }
 

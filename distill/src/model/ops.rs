@@ -27,14 +27,12 @@ mod virtual_rows;
 pub use attention::{Heads, attention};
 pub(crate) use attention::{Sequence, attend};
 pub use cross_entropy::{cross_entropy, frozen_cross_entropy, lora_cross_entropy};
-pub use distillation::{
-    Distillation, distillation_loss, frozen_distillation_loss, lora_distillation_loss,
-};
+pub use distillation::{Distillation, distillation_loss, frozen_distillation_loss, lora_distillation_loss};
 pub use embedding::{embedding, frozen_embedding};
 pub use frozen::Frozen;
 pub use glu::{geglu, swiglu};
-pub use linear::{frozen_linear, linear};
 pub use head_loss::Targets;
+pub use linear::{frozen_linear, linear};
 pub use lora_head_loss::HeadAdapter;
 pub use lora_linear::{Dropout, lora_linear};
 pub(crate) use norms::Adapted;

@@ -108,12 +108,7 @@ fn block_by_block(
         loss,
     })?;
 
-    while let Some(Step {
-        block,
-        input,
-        output,
-    }) = steps.pop()
-    {
+    while let Some(Step { block, input, output }) = steps.pop() {
         let Some(dy) = gradient.take() else {
             candle_core::bail!("block {block} gets no gradient");
         };

@@ -49,10 +49,17 @@ impl<'a> Learner<'a> {
     pub fn new(model: &'a Model, options: LearnerOptions) -> Self {
         let trained = model.trained();
         let of_blocks: HashMap<TensorId, usize> = (0..model.blocks())
-            .flat_map(|i| model.block_parameters(i).filter_map(move |p| Some((p.var()?.id(), i))))
+            .flat_map(|i| {
+                model
+                    .block_parameters(i)
+                    .filter_map(move |p| Some((p.var()?.id(), i)))
+            })
             .collect();
         Self {
-            blocks: trained.iter().map(|(_, var)| of_blocks.get(&var.id()).copied()).collect(),
+            blocks: trained
+                .iter()
+                .map(|(_, var)| of_blocks.get(&var.id()).copied())
+                .collect(),
             model,
             options,
             optimizer: AdamW::new(trained.iter().map(|(_, var)| (*var).clone()), options.adamw),

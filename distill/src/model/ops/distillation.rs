@@ -195,8 +195,9 @@ impl Distillation {
                 log_softmax(known, scale);
                 let k = target * top.k..(target + 1) * top.k;
                 // A token that the student does not know is one of the tail.
-                let known_to_both =
-                    |(id, log_p): (&u32, &f32)| (*id < shared as u32).then_some((*id, T::of(f64::from(*log_p))));
+                let known_to_both = |(id, log_p): (&u32, &f32)| {
+                    (*id < shared as u32).then_some((*id, T::of(f64::from(*log_p))))
+                };
                 let pairs = top.ids[k.clone()].iter().zip(&top.logprobs[k]);
                 let (ids, log_p): (Vec<u32>, Vec<T>) = pairs.filter_map(known_to_both).unzip();
                 let tail = 1.0 - log_p.iter().map(|log_p| log_p.to_f64().exp()).sum::<f64>();
@@ -214,7 +215,10 @@ impl Distillation {
         unknown.fill(T::zero());
         if let Some(labels) = labels {
             let weight = T::of(self.objective.ce_weight);
-            logits.iter_mut().zip(labels).for_each(|(x, label)| *x += weight * label);
+            logits
+                .iter_mut()
+                .zip(labels)
+                .for_each(|(x, label)| *x += weight * label);
         }
         row
     }
@@ -270,7 +274,10 @@ fn check_top(top: &TopK) -> Result<()> {
     let length = top.ids.len();
     if top.k == 0 || length % top.k != 0 || length != top.logprobs.len() {
         let numbers = top.logprobs.len();
-        candle_core::bail!("{OP}: {length} tokens with {numbers} probabilities, {} a row", top.k);
+        candle_core::bail!(
+            "{OP}: {length} tokens with {numbers} probabilities, {} a row",
+            top.k
+        );
     }
     for (row, (ids, log_p)) in top.ids.chunks(top.k).zip(top.logprobs.chunks(top.k)).enumerate() {
         if ids.iter().collect::<HashSet<_>>().len() < ids.len() {
@@ -306,7 +313,11 @@ fn of_labels(scores: Scores, targets: &Targets, temperature: f64, vocabulary: us
             })
             .collect();
         for (log_p, (_, token)) in log_p.into_iter().zip(rows) {
-            let unknown = || Error::msg(format!("{OP}: token {token} is not in the teacher's vocabulary of {width}"));
+            let unknown = || {
+                Error::msg(format!(
+                    "{OP}: token {token} is not in the teacher's vocabulary of {width}"
+                ))
+            };
             all.push(log_p.ok_or_else(unknown)?);
         }
     }
@@ -383,7 +394,11 @@ mod tests {
     }
 
     fn floats(shape: &[usize], seed: u64) -> Vec<f32> {
-        let numbers = random(shape, seed).flatten_all().unwrap().to_vec1::<f64>().unwrap();
+        let numbers = random(shape, seed)
+            .flatten_all()
+            .unwrap()
+            .to_vec1::<f64>()
+            .unwrap();
         numbers.into_iter().map(|x| 3.0 * x as f32).collect()
     }
 

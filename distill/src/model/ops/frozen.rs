@@ -306,7 +306,11 @@ mod tests {
     /// A teacher whose matrices are read from a file must agree with a student whose are in memory, to the bit.
     #[test]
     fn tiles_of_f32_give_the_bits_of_the_whole_matrix() {
-        for dims in [[2 * TILE / 128 + 17, 128], [2 * TILE / 576 + 5, 576], [1500, 1536]] {
+        for dims in [
+            [2 * TILE / 128 + 17, 128],
+            [2 * TILE / 576 + 5, 576],
+            [1500, 1536],
+        ] {
             let values = numbers(dims);
             let data = values.iter().flat_map(|x| x.to_le_bytes()).collect();
             let kind = TensorType::F32;
@@ -316,7 +320,11 @@ mod tests {
                 let x = Tensor::from_vec(numbers([rows, dims[1]]), (rows, dims[1]), &Device::Cpu).unwrap();
                 let bits = |weight: &Frozen| -> Vec<u32> {
                     let y = frozen_linear(&x, weight).unwrap().flatten_all().unwrap();
-                    y.to_vec1::<f32>().unwrap().into_iter().map(f32::to_bits).collect()
+                    y.to_vec1::<f32>()
+                        .unwrap()
+                        .into_iter()
+                        .map(f32::to_bits)
+                        .collect()
                 };
                 assert!(bits(&tiles) == bits(&whole), "{rows} rows, {dims:?}");
             }

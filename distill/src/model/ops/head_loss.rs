@@ -38,7 +38,10 @@ impl Targets {
     /// The chunks, each with the place of its first target.
     pub(super) fn chunks(&self) -> impl Iterator<Item = (usize, &[(usize, u32)])> {
         let chunk = self.chunk.max(1);
-        self.rows.chunks(chunk).enumerate().map(move |(i, rows)| (i * chunk, rows))
+        self.rows
+            .chunks(chunk)
+            .enumerate()
+            .map(move |(i, rows)| (i * chunk, rows))
     }
 
     /// Refuses targets that leave the hidden states or the vocabulary.

@@ -57,7 +57,9 @@ impl Real for f32 {
     /// The error is below 2 units in the last place; 1 gives 0.
     #[inline(always)]
     fn ln(self) -> Self {
-        let bits = self.to_bits().wrapping_sub(std::f32::consts::FRAC_1_SQRT_2.to_bits());
+        let bits = self
+            .to_bits()
+            .wrapping_sub(std::f32::consts::FRAC_1_SQRT_2.to_bits());
         let n = (bits as i32 >> 23) as Self;
         let fraction = (bits & 0x007f_ffff).wrapping_add(std::f32::consts::FRAC_1_SQRT_2.to_bits());
         let r = Self::from_bits(fraction) - 1.0;
@@ -180,7 +182,10 @@ mod tests {
         while x < 3e38 {
             let (ours, exact) = (Real::ln(x), f64::from(x).ln());
             let error = (f64::from(ours) - exact).abs();
-            assert!(error <= 2.4e-7 * exact.abs(), "ln({x}) = {ours}, not {exact}: {error:e}");
+            assert!(
+                error <= 2.4e-7 * exact.abs(),
+                "ln({x}) = {ours}, not {exact}: {error:e}"
+            );
             x *= 1.000_37;
         }
         assert_eq!(Real::ln(1.0f32), 0.0);
