@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 pub use checkpoint::{CheckpointError, Checkpoints};
-pub use learner::{Gradients, Learner, LearnerOptions, unreached, Stepped};
+pub use learner::{Gradients, Learner, LearnerOptions, Stepped, unreached};
 pub(crate) use progress::Sums;
 pub use progress::{Event, Metrics, Outcome, Progress};
 pub use sampler::{Sampler, Sampling, Step};
@@ -233,7 +233,8 @@ pub fn train(
             let loss_of = |hidden: &_| model.loss_of_hidden(hidden, &batch, mode, options.loss_chunk);
             sums.loss += match at_once {
                 true => {
-                    let stepped = learner.step(&batch, mode, batch.trained_tokens(), learning_rate, loss_of)?;
+                    let stepped =
+                        learner.step(&batch, mode, batch.trained_tokens(), learning_rate, loss_of)?;
                     grad_norm = stepped.norm;
                     stepped.loss
                 }

@@ -157,15 +157,21 @@ fn sizes(
         rows: work.largest_pass_tokens + work.largest_pass_rows * virtual_rows,
         recompute: options.learner.gradient_checkpointing,
         accumulation: options.sampling.gradient_accumulation_steps > 1,
-        at_once: (facts.at_once && options.learner.moves_at_once(options.sampling.gradient_accumulation_steps))
-            .then(|| waiting(model)),
+        at_once: (facts.at_once
+            && options
+                .learner
+                .moves_at_once(options.sampling.gradient_accumulation_steps))
+        .then(|| waiting(model)),
         loss_chunk: options.loss_chunk,
     }
 }
 
 /// The gradients that exist together where weights move at once: of what is in no block, and of the largest block.
 fn waiting(model: &Model) -> u64 {
-    let trained = model.trained().into_iter().map(|(_, var)| var.elem_count() as u64);
+    let trained = model
+        .trained()
+        .into_iter()
+        .map(|(_, var)| var.elem_count() as u64);
     let of_block = |i: usize| -> u64 {
         let vars = model.block_parameters(i).filter_map(|parameter| parameter.var());
         vars.map(|var| var.elem_count() as u64).sum()

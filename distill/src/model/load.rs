@@ -83,7 +83,9 @@ impl<'a> Loader<'a> {
             }
             (Source::File(_), _) | (_, Keep::Mapped | Keep::Nf4 { .. }) => {
                 self.check_shape(&name, &shape)?;
-                Ok(Weight::Quantized(self.source.rows(&name, self.keep == Keep::Mapped)?))
+                Ok(Weight::Quantized(
+                    self.source.rows(&name, self.keep == Keep::Mapped)?,
+                ))
             }
         }
     }
