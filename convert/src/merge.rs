@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value as Json};
 use step::Step;
+pub use step::{LowRank, add_low_rank};
 
 use crate::adapter::PeftAdapter;
 use crate::arch::{ArchError, Architecture, TensorRule};
@@ -216,7 +217,7 @@ impl<'a> Merge<'a> {
                 for step in &steps[..at] {
                     step.apply(row, columns, &mut values).map_err(MergeError::from)?;
                 }
-                step::add_low_rank(module, scale, row, columns, &mut values);
+                step::add_low_rank(module.into(), scale, row, columns, &mut values);
                 for row in values.chunks_exact(columns) {
                     for (sum, value) in squares.iter_mut().zip(row) {
                         *sum += f64::from(*value).powi(2);

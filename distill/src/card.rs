@@ -95,6 +95,8 @@ pub struct Card<'a> {
     pub plan: &'a Plan,
     /// What came of it.
     pub outcome: &'a Outcome,
+    /// Whom it has learned from, where it was distilled.
+    pub teacher: Option<&'a str>,
     /// `config.resolved.toml`.
     pub settings: &'a str,
 }
@@ -105,21 +107,34 @@ impl Card<'_> {
         let mut out = self.front_matter();
         let (name, method) = (escape(self.name), escape(&self.plan.method));
         let base = self.base.hub_id.as_deref().unwrap_or(&self.base.name);
-        let what = match self.adapter {
-            true => "An adapter for",
-            false => "A fine-tuned copy of",
+        let what = match (self.adapter, self.teacher) {
+            (true, _) => "An adapter for",
+            (false, None) => "A fine-tuned copy of",
+            (false, Some(_)) => "A distilled copy of",
+        };
+        let by = match self.teacher {
+            Some(teacher) => format!(" by the teacher {}", escape(teacher)),
+            None => String::new(),
         };
         // Writing to a string cannot fail.
         let _ = writeln!(
             out,
-            "# {name}\n\n{what} {}, trained with `pipit-distill sft --method {method}`.\n",
-            escape(base)
+            "# {name}\n\n{what} {}, trained{by} with `pipit-distill {} --method {method}`.\n",
+            escape(base),
+            self.command()
         );
         out += &self.figures();
         out += &self.made_of();
         out += &self.use_it();
         out += &self.limits();
         out
+    }
+
+    fn command(&self) -> &'static str {
+        match self.teacher {
+            Some(_) => "opd",
+            None => "sft",
+        }
     }
 
     fn front_matter(&self) -> String {
@@ -148,7 +163,7 @@ impl Card<'_> {
             out,
             "library_name: {library}\npipeline_tag: text-generation\ntags:"
         );
-        for tag in ["pipit", "sft", self.plan.method.as_str()] {
+        for tag in ["pipit", self.command(), self.plan.method.as_str()] {
             let _ = writeln!(out, "- {}", yaml(tag));
         }
         if let (true, Some(id)) = (self.adapter, &self.base.hub_id) {
@@ -173,10 +188,19 @@ impl Card<'_> {
             ("tokens", Some(count(outcome.tokens))),
             ("time", Some(duration(outcome.seconds))),
             ("loss at the end, nats a token", Some(number(outcome.loss))),
-            ("loss on the evaluation data", outcome.eval_loss.map(number)),
+            (
+                match self.teacher {
+                    None => "loss on the evaluation data",
+                    Some(_) => "distance from the teacher on the evaluation data, nats a token",
+                },
+                outcome.eval_loss.map(number),
+            ),
             (
                 "perplexity on the evaluation data",
-                outcome.eval_loss.map(|loss| number(loss.exp())),
+                outcome
+                    .eval_loss
+                    .filter(|_| self.teacher.is_none())
+                    .map(|loss| number(loss.exp())),
             ),
             ("memory, as planned", Some(mebibytes(plan.memory.peak_bytes))),
         ];

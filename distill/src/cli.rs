@@ -2,13 +2,16 @@
 
 mod adapter;
 pub mod eval;
+pub mod generate;
 mod log;
+pub mod opd;
 pub mod options;
 pub mod plan;
 pub mod report;
 mod resume;
 mod run;
 pub mod sft;
+mod show;
 pub mod shrink;
 
 use std::io::IsTerminal as _;
@@ -27,6 +30,7 @@ use crate::data::DataReport;
     after_help = "Examples:\n  \
         pipit-distill plan --model smollm2 --data train.jsonl --method lora\n  \
         pipit-distill sft --model smollm2 --data train.jsonl --method lora -o run\n  \
+        pipit-distill opd --student small --teacher large --prompts train.jsonl -o run\n  \
         pipit-distill eval --model smollm2 --adapter run --data dev.jsonl --by language"
 )]
 pub struct Cli {
@@ -46,9 +50,11 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     Sft(Box<sft::Args>),
+    Opd(Box<opd::Args>),
     Plan(Box<plan::Args>),
     Eval(eval::Args),
     Shrink(shrink::Args),
+    Generate(generate::Args),
     Report(report::Args),
 }
 
@@ -120,9 +126,11 @@ impl Cli {
         };
         let result = match self.command {
             Command::Sft(args) => sft::run(*args, output),
+            Command::Opd(args) => opd::run(*args, output),
             Command::Plan(args) => plan::run(*args, output),
             Command::Eval(args) => eval::run(&args, output),
             Command::Shrink(args) => shrink::run(&args, output),
+            Command::Generate(args) => generate::run(args, output),
             Command::Report(args) => report::run(&args, output),
         };
         let Err(error) = result else {

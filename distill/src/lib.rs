@@ -1,7 +1,7 @@
 //! Fine-tuning of small language models.
 //!
 //! Data flows one way: [`data`] (through the [`template`]) → [`batch`] → [`model`] (with its [`adapter`]) →
-//! loss → [`optimizer`], which [`trainer`] drives; [`rollout`] lets the model answer, [`evaluate`] measures it,
+//! [`loss`] → [`optimizer`], which [`trainer`] drives; [`rollout`] lets the model answer, [`evaluate`] measures it,
 //! [`export`] writes it. Beside it: [`plan`] and [`memory`] say before what it takes, [`report`] shows it, and
 //! [`card`] describes the result.
 
@@ -12,8 +12,11 @@ pub mod cli;
 pub mod data;
 pub mod evaluate;
 pub mod export;
+pub mod generate;
+pub mod loss;
 pub mod memory;
 pub mod model;
+pub mod opd;
 pub mod optimizer;
 pub mod plan;
 pub mod random;

@@ -27,6 +27,8 @@ pub struct Sizes {
     pub trained_weights: u64,
     /// Numbers of adapters.
     pub adapters: u64,
+    /// Bytes of a teacher's weights.
+    pub teacher: u64,
     /// Whether the embedding is trained and is the output layer too: it gets two gradients, which are added.
     pub tied_and_trained: bool,
     /// Rows of the largest forward pass: its tokens, virtual ones among them.
@@ -49,6 +51,9 @@ pub struct MemoryPlan {
     pub weights_bytes: u64,
     /// The adapters.
     pub adapters_bytes: u64,
+    /// The teacher's weights, pages of its file among them.
+    #[serde(default, skip_serializing_if = "is_none")]
+    pub teacher_bytes: u64,
     /// The gradients of what is trained.
     pub gradients_bytes: u64,
     /// AdamW's two moments of what is trained.
@@ -86,6 +91,7 @@ impl Sizes {
             program_bytes: program,
             weights_bytes: self.weights,
             adapters_bytes: F32 * self.adapters,
+            teacher_bytes: self.teacher,
             gradients_bytes: F32 * trained * copies,
             optimizer_bytes: F32 * trained * 2,
             activations_bytes: F32 * rows * per_row as u64,
@@ -99,13 +105,19 @@ impl Sizes {
     }
 }
 
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks so")]
+fn is_none(bytes: &u64) -> bool {
+    *bytes == 0
+}
+
 impl MemoryPlan {
     /// The parts with their names.
-    pub fn parts(&self) -> [(&'static str, u64); 7] {
+    pub fn parts(&self) -> [(&'static str, u64); 8] {
         [
             ("program, tokenizer and data", self.program_bytes),
             ("weights", self.weights_bytes),
             ("adapters", self.adapters_bytes),
+            ("teacher", self.teacher_bytes),
             ("gradients", self.gradients_bytes),
             ("optimizer", self.optimizer_bytes),
             ("activations", self.activations_bytes),

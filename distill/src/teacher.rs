@@ -1,8 +1,10 @@
 //! Teachers: whatever says how probable it finds each next token of a text.
 
 pub mod cache;
-pub mod gguf;
-pub mod routed;
+mod checkpoint;
+mod gguf;
+mod open;
+mod routed;
 pub mod served;
 pub mod vocabulary;
 
@@ -11,6 +13,12 @@ use std::path::PathBuf;
 
 use pipit_convert::evaluate::EvaluateError;
 
+pub use checkpoint::{BaseTeacher, CheckpointTeacher};
+pub use gguf::GgufTeacher;
+pub use open::{OpenOptions, Spec, open};
+pub use routed::Routed;
+
+use crate::adapter::AdapterError;
 use crate::data::DataError;
 use crate::model::ModelError;
 use served::ServedError;
@@ -84,6 +92,17 @@ pub enum TeacherError {
     /// Its checkpoint cannot be used.
     #[error(transparent)]
     Model(#[from] ModelError),
+    /// Its adapter cannot be used.
+    #[error(transparent)]
+    Adapter(#[from] AdapterError),
+    /// The student's base is to teach it, and is trained itself.
+    #[error(
+        "{tensor} of the student is trained, so that its base is no teacher\nhint: name the checkpoint that it starts from as teacher"
+    )]
+    BaseIsTrained {
+        /// The tensor.
+        tensor: String,
+    },
     /// Its tokenizer or template cannot be used.
     #[error(transparent)]
     Data(#[from] DataError),
@@ -97,7 +116,9 @@ pub enum TeacherError {
     #[error(transparent)]
     Served(#[from] ServedError),
     /// A sequence is longer than it takes.
-    #[error("a sequence has {tokens} tokens, and the teacher {teacher} takes {longest}\nhint: shorten prompts with --max-length, or answers with --max-new-tokens")]
+    #[error(
+        "a sequence has {tokens} tokens, and the teacher {teacher} takes {longest}\nhint: shorten prompts with --max-length, or answers with --max-new-tokens"
+    )]
     TooLong {
         /// The teacher.
         teacher: String,
@@ -108,13 +129,17 @@ pub enum TeacherError {
     },
     /// Its tokenizer is not the student's.
     #[error(
-        "the teacher {teacher} has another tokenizer than the student {student}: {why}\nhint: pipit-distill generate lets it answer, and pipit-distill sft trains on the answers; that needs no common tokenizer"
+        "the teacher has another tokenizer than the student: {why}\nhint: pipit-distill generate lets it answer, and pipit-distill sft trains on the answers; that needs no common tokenizer"
     )]
     Tokenizer {
-        /// The teacher.
-        teacher: String,
-        /// The student.
-        student: String,
+        /// Where they differ.
+        why: String,
+    },
+    /// Its chat template is not the student's.
+    #[error(
+        "the teacher has another chat template than the student: {why}\nhint: give the student's folder the teacher's chat_template.jinja, or train on rows of `prompt` and `completion`"
+    )]
+    Template {
         /// Where they differ.
         why: String,
     },
@@ -127,7 +152,9 @@ pub enum TeacherError {
         source: std::io::Error,
     },
     /// A cache belongs to something else.
-    #[error("{path} holds scores of another {what}: {found}, not {wanted}\nhint: name another folder, or remove this one")]
+    #[error(
+        "{path} holds scores of another {what}: {found}, not {wanted}\nhint: name another folder, or remove this one"
+    )]
     ForeignCache {
         /// The folder.
         path: PathBuf,
@@ -139,7 +166,9 @@ pub enum TeacherError {
         wanted: String,
     },
     /// A folder that is no cache.
-    #[error("{path} is no cache of scores: {why}\nhint: name a new folder, or one that pipit-distill has made")]
+    #[error(
+        "{path} is no cache of scores: {why}\nhint: name a new folder, or one that pipit-distill has made"
+    )]
     NoCache {
         /// The folder.
         path: PathBuf,
@@ -147,10 +176,18 @@ pub enum TeacherError {
         why: String,
     },
     /// What is to be cached has no most probable tokens.
-    #[error("{teacher} tells the probability of single tokens only, and a cache keeps the most probable ones\nhint: ask it for its top k")]
+    #[error(
+        "{teacher} tells the probability of single tokens only, and a cache keeps the most probable ones\nhint: ask it for its top k"
+    )]
     NothingToCache {
         /// The teacher.
         teacher: String,
+    },
+    /// An adapter over something that takes none.
+    #[error("the adapter {adapter} can stand on a checkpoint only\nhint: pipit-convert model --adapter merges it into a GGUF file; a server takes adapters where it is started", adapter = .adapter.display())]
+    AdapterHere {
+        /// The adapter.
+        adapter: PathBuf,
     },
     /// No teacher at all.
     #[error("there is no teacher")]
@@ -170,7 +207,9 @@ pub enum TeacherError {
         known: String,
     },
     /// Several teachers answer differently.
-    #[error("the teachers give scores of more than one kind: all logits, the top k, or single tokens\nhint: --teacher-top-k brings all logits down to the top k")]
+    #[error(
+        "the teachers give scores of more than one kind: all logits, the top k, or single tokens\nhint: --teacher-top-k brings all logits down to the top k"
+    )]
     MixedScores,
 }
 

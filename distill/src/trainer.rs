@@ -13,7 +13,7 @@ use std::time::Instant;
 
 pub use checkpoint::{CheckpointError, Checkpoints};
 pub use learner::{Gradients, Learner, LearnerOptions};
-use progress::Sums;
+pub(crate) use progress::Sums;
 pub use progress::{Event, Metrics, Outcome, Progress};
 pub use sampler::{Sampler, Sampling, Step};
 use serde::{Deserialize, Serialize};
@@ -90,7 +90,7 @@ impl Strategy {
 }
 
 impl When {
-    fn is_due(self, step: usize, ends_epoch: bool) -> bool {
+    pub(crate) fn is_due(self, step: usize, ends_epoch: bool) -> bool {
         match self {
             Self::Never => false,
             Self::Steps(steps) => step.is_multiple_of(steps),
@@ -144,9 +144,8 @@ pub enum TrainError {
     Candle(#[from] candle_core::Error),
 }
 
-/// The steps that a run will do: the samples of each forward pass, by index.
-pub fn plan_steps(samples: &[Sample], options: &TrainOptions) -> impl Iterator<Item = Vec<Vec<usize>>> {
-    let lengths = samples.iter().map(|sample| sample.ids.len()).collect();
+/// The steps that a run will do over samples of these lengths: the samples of each forward pass, by index.
+pub fn plan_steps(lengths: Vec<usize>, options: &TrainOptions) -> impl Iterator<Item = Vec<Vec<usize>>> {
     let mut sampler = Sampler::new(lengths, options.sampling);
     (0..options.steps).map(move |_| sampler.take().passes)
 }
@@ -185,7 +184,8 @@ pub fn train(
     mut tell: impl FnMut(Event) -> io::Result<()>,
 ) -> Result<Outcome, TrainError> {
     let mut learner = Learner::new(model, options.learner);
-    let data = checkpoint::fingerprint(samples);
+    let sequences = samples.iter().map(|sample| (&*sample.ids, &*sample.labels));
+    let data = checkpoint::fingerprint(sequences);
     let mut progress = match checkpoints {
         Some(checkpoints) => checkpoints.start(&mut learner, data)?,
         None => Progress::default(),
@@ -226,6 +226,7 @@ pub fn train(
             let mode = Mode {
                 gradient: true,
                 dropout_seed: Some(dropout_seed(options.sampling.seed, progress.global_step, i)),
+                ..Mode::INFERENCE
             };
             sums.loss += learner.accumulate(&batch, mode, |hidden| {
                 model.loss_of_hidden(hidden, &batch, mode, options.loss_chunk)
@@ -304,21 +305,11 @@ pub fn train(
         checkpoints.load_weights(&learner, best)?;
         eval_loss = progress.best_metric;
     }
-    Ok(Outcome {
-        steps: progress.global_step,
-        tokens: progress.tokens,
-        loss: progress.loss.unwrap_or(f64::NAN),
-        eval_loss,
-        best_step: progress.best_global_step,
-        best_eval_loss: progress.best_metric,
-        stopped_early,
-        seconds: progress.seconds,
-        tokens_per_second: progress.tokens_per_second(),
-    })
+    Ok(progress.outcome(eval_loss, stopped_early))
 }
 
 /// The seed of the dropout in forward pass `pass` of a step.
-fn dropout_seed(seed: u64, step: usize, pass: usize) -> u64 {
+pub(crate) fn dropout_seed(seed: u64, step: usize, pass: usize) -> u64 {
     mix(seed ^ mix(mix(step as u64) ^ pass as u64))
 }
 

@@ -21,6 +21,7 @@ use support::{batch, difference, expected, fixture, floats, rows};
 const TRAIN: Mode = Mode {
     gradient: true,
     dropout_seed: None,
+    ..Mode::INFERENCE
 };
 
 /// The fixtures with the base of each.

@@ -117,6 +117,7 @@ fn train(model: &Model, rate: f64, steps: usize, goal: f64) -> (usize, f64) {
     let mode = Mode {
         gradient: true,
         dropout_seed: None,
+        ..Mode::INFERENCE
     };
     let mut last = f64::NAN;
     for step in 0..steps {
@@ -228,6 +229,7 @@ fn dropout_under_dora_drops_and_without_a_seed_does_not() {
         let mode = Mode {
             gradient: false,
             dropout_seed,
+            ..Mode::INFERENCE
         };
         floats(&model.hidden(&batch, mode).unwrap())
     };
@@ -251,6 +253,7 @@ fn dropout_under_dora_drops_and_without_a_seed_does_not() {
     let mode = Mode {
         gradient: true,
         dropout_seed: Some(1),
+        ..Mode::INFERENCE
     };
     let grads = model.loss_sum(&batch, mode, 64).unwrap().backward().unwrap();
     for (name, var) in model.trained() {

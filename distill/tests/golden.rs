@@ -26,6 +26,7 @@ const MODELS: [&str; 6] = [
 const TRAIN: Mode = Mode {
     gradient: true,
     dropout_seed: None,
+    ..Mode::INFERENCE
 };
 
 /// torch's logits at the rows that are no padding.

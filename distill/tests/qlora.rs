@@ -20,6 +20,7 @@ use safetensors::tensor::{Dtype, TensorView};
 const TRAIN: Mode = Mode {
     gradient: true,
     dropout_seed: None,
+    ..Mode::INFERENCE
 };
 const NF4: Keep = Keep::Nf4 { double_quant: true };
 const VOCABULARY: usize = 280;

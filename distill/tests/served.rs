@@ -32,6 +32,7 @@ use pipit_distill::trainer::with_deep_stack;
 const TRAIN: Mode = Mode {
     gradient: true,
     dropout_seed: None,
+    ..Mode::INFERENCE
 };
 /// What the adapter learns: answers that the base does not give.
 const TAUGHT: [&str; 3] = [

@@ -93,6 +93,7 @@ fn step(model: &Model, passes: &[&[(Vec<u32>, Vec<i64>)]], recompute: bool) -> (
         let mode = Mode {
             gradient: true,
             dropout_seed: Some(11),
+            ..Mode::INFERENCE
         };
         loss += learner
             .accumulate(&batch, mode, |hidden| {

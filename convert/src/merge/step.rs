@@ -108,7 +108,7 @@ impl<'a> Step<'a> {
                 scale,
                 columns: lengths,
             } => {
-                add_low_rank(module, *scale, &row, columns, values);
+                add_low_rank((*module).into(), *scale, &row, columns, values);
                 match (&module.magnitude, lengths.get()) {
                     (None, _) => {}
                     (Some(magnitude), Some(lengths)) => {
@@ -133,23 +133,43 @@ impl<'a> Step<'a> {
     }
 }
 
-/// `values += scale · B · A`, for some rows. Every element is summed over the rank in one order, so the result does
-/// not depend on how the rows are cut into slabs.
-pub(super) fn add_low_rank(
-    module: &LoraModule,
+/// The two matrices of a low-rank adapter.
+#[derive(Debug, Clone, Copy)]
+pub struct LowRank<'a> {
+    /// The inner dimension.
+    pub rank: usize,
+    /// `[rank, columns]`, row-major.
+    pub lora_a: &'a [f32],
+    /// `[rows, rank]`, row-major.
+    pub lora_b: &'a [f32],
+}
+
+impl<'a> From<&'a LoraModule> for LowRank<'a> {
+    fn from(module: &'a LoraModule) -> Self {
+        Self {
+            rank: module.rank,
+            lora_a: &module.lora_a,
+            lora_b: &module.lora_b,
+        }
+    }
+}
+
+/// `values += scale · B · A`, for some rows; `row` says which row of B the n-th is. Every element is summed over the rank
+/// in one order, so the result does not depend on how the rows are cut into slabs.
+pub fn add_low_rank(
+    LowRank { rank, lora_a, lora_b }: LowRank<'_>,
     scale: f32,
     row: impl Fn(usize) -> usize,
     columns: usize,
     values: &mut [f32],
 ) {
-    let rank = module.rank;
     let mut delta = vec![0.0f32; columns];
     for (at, values) in values.chunks_exact_mut(columns).enumerate() {
-        let b = &module.lora_b[row(at) * rank..][..rank];
+        let b = &lora_b[row(at) * rank..][..rank];
         delta.fill(0.0);
         // Four rows of A at a time: the sum is read and written once for them.
         let (fours, rest) = b.as_chunks::<4>();
-        let (a_fours, a_rest) = module.lora_a.split_at(fours.len() * 4 * columns);
+        let (a_fours, a_rest) = lora_a.split_at(fours.len() * 4 * columns);
         for (b, a) in fours.iter().zip(a_fours.chunks_exact(4 * columns)) {
             let (a0, a) = a.split_at(columns);
             let (a1, a) = a.split_at(columns);

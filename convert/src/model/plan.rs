@@ -260,6 +260,29 @@ impl Job<'_> {
     }
 }
 
+/// The type that each tensor of a checkpoint gets, by its name there, with the weights of its columns for the kernel. It
+/// is what [`Plan`] has; a vocabulary is not needed for it.
+pub fn tensor_types<'a>(
+    model: &SourceModel,
+    recipe: &'a Recipe,
+) -> Result<Vec<(String, TensorType, Option<&'a [f32]>)>, ModelError> {
+    let arch_error = |source| ModelError::Arch {
+        path: model.path().to_path_buf(),
+        source,
+    };
+    let arch = model.architecture().map_err(arch_error)?;
+    let rules = (arch.tensors)(model.config()).map_err(arch_error)?;
+    model.check_tensors(arch, &rules)?;
+    let keys = (arch.metadata)(model.config()).map_err(arch_error)?;
+    let sources = rules.into_iter().map(Source::Checkpoint).collect();
+    let jobs = jobs(model, sources, recipe, &facts(arch.name, &keys))?;
+    let types = jobs.into_iter().filter_map(|job| match job.source {
+        Source::Checkpoint(rule) => Some((rule.hf, job.choice.kind, job.importance)),
+        Source::Extra { .. } => None,
+    });
+    Ok(types.collect())
+}
+
 /// Every tensor with its type.
 fn jobs<'a>(
     model: &SourceModel,

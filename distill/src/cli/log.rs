@@ -12,7 +12,6 @@ use serde_json::{Map, Value, json};
 use crate::evaluate::Answer;
 use crate::plan::Plan;
 use crate::report::{Run, page};
-use crate::trainer::Metrics;
 
 /// The report is not made anew more often than this.
 const REPORT_EVERY: Duration = Duration::from_secs(10);
@@ -43,7 +42,7 @@ impl RunLog {
     }
 
     /// The figures of the last steps.
-    pub(super) fn metrics(&mut self, metrics: &Metrics) -> io::Result<()> {
+    pub(super) fn metrics(&mut self, metrics: &impl Serialize) -> io::Result<()> {
         append(&mut self.metrics, ("kind", "train".into()), metrics)?;
         if self.reported.is_none_or(|at| at.elapsed() >= REPORT_EVERY) {
             self.report(None)?;
@@ -51,9 +50,12 @@ impl RunLog {
         Ok(())
     }
 
-    /// An evaluation: nats a token on held-out rows, and answers to some of them.
-    pub(super) fn evaluation(&mut self, step: usize, loss: f64, answers: &[Answer]) -> io::Result<()> {
-        let line = json!({"step": step, "eval_loss": loss, "eval_perplexity": loss.exp()});
+    /// An evaluation after a step: its figures, and answers to some of the held-out rows.
+    pub(super) fn evaluation(&mut self, step: usize, figures: &Value, answers: &[Answer]) -> io::Result<()> {
+        let mut line = json!({"step": step});
+        if let (Value::Object(line), Value::Object(figures)) = (&mut line, figures) {
+            line.extend(figures.clone());
+        }
         append(&mut self.metrics, ("kind", "eval".into()), &line)?;
         for answer in answers {
             append(&mut self.samples, ("step", step.into()), answer)?;

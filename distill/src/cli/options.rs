@@ -1,7 +1,12 @@
-//! The options of `sft`: flags, the same keys in a TOML file, and defaults.
+//! The options of `sft`, which are those of `opd` too: flags, the same keys in a TOML file, and defaults.
+
+mod distillation;
 
 use std::path::{Path, PathBuf};
 
+pub use distillation::{
+    DistillationConfig, DistillationOptions, LossName, OpdGiven, OpdSettings, RolloutSource,
+};
 use pipit_convert::adapter::{Patterns, TargetModules};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -101,21 +106,21 @@ pub struct List<T>(pub Vec<T>);
 
 /// Declares every option once: the flag, the TOML key, and the resolved value.
 macro_rules! options {
-    ($($(#[arg($($arg:tt)*)])? $name:ident: $ty:ty = $default:expr, $doc:literal;)*) => {
+    ($options:ident, $config:ident; $($(#[arg($($arg:tt)*)])? $name:ident: $ty:ty = $default:expr, $doc:literal;)*) => {
         /// Options as given on the command line or in a TOML file; what is not given is none.
         #[derive(Debug, Clone, Default, clap::Args, Deserialize)]
         #[serde(default)]
-        pub struct SftOptions {
+        pub struct $options {
             $(#[doc = $doc] #[arg(long $(, $($arg)*)?)] pub $name: Option<$ty>,)*
         }
 
         /// All options with their values.
         #[derive(Debug, Clone, Serialize)]
-        pub struct SftConfig {
+        pub struct $config {
             $(#[doc = $doc] #[serde(skip_serializing_if = "is_absent")] pub $name: $ty,)*
         }
 
-        impl SftOptions {
+        impl $options {
             /// The keys that a TOML file may have.
             pub const KEYS: &[&str] = &[$(stringify!($name)),*];
 
@@ -130,20 +135,17 @@ macro_rules! options {
                 given.into_iter().filter(|(_, given)| *given).map(|(key, _)| key).collect()
             }
 
-            /// Fills in from `file`, then from the defaults.
-            pub fn resolve(self, file: Self) -> SftConfig {
-                let mut given = self.or(file);
-                if given.method == Some(Method::Qlora) {
-                    // As PEFT's prepare_model_for_kbit_training has it: who asks for four bits is short of memory.
-                    given.gradient_checkpointing.get_or_insert(true);
-                }
-                SftConfig { $($name: given.$name.unwrap_or_else(|| $default),)* }
+            /// Fills in from the defaults.
+            fn or_default(self) -> $config {
+                $config { $($name: self.$name.unwrap_or_else(|| $default),)* }
             }
         }
     };
 }
+use options;
 
 options! {
+    SftOptions, SftConfig;
     #[arg(value_name = "DIR|FILE.gguf")]
     model: PathBuf = PathBuf::new(), "The checkpoint folder to start from; lora and qlora also train over the blocks of a GGUF file";
     #[arg(value_name = "F.jsonl|F.parquet")]
@@ -233,6 +235,18 @@ options! {
     bnb_4bit_use_double_quant: bool = true, "Whether its scales are quantised too, as in the QLoRA paper [default: true]";
 }
 
+impl SftOptions {
+    /// Fills in from `file`, then from the defaults.
+    pub fn resolve(self, file: Self) -> SftConfig {
+        let mut given = self.or(file);
+        if given.method == Some(Method::Qlora) {
+            // As PEFT's prepare_model_for_kbit_training has it: who asks for four bits is short of memory.
+            given.gradient_checkpointing.get_or_insert(true);
+        }
+        given.or_default()
+    }
+}
+
 /// A path that was not given, which TOML cannot express.
 fn is_absent<T: 'static>(value: &T) -> bool {
     let value: &dyn std::any::Any = value;
@@ -277,12 +291,18 @@ fn needed(flag: &str, path: &Path) -> Result<(), UsageError> {
 
 /// Reads a TOML file of options; an unknown key is refused with the nearest name.
 pub fn read_toml(path: &Path) -> Result<SftOptions, UsageError> {
+    let text = read_known(path, SftOptions::KEYS)?;
+    toml::from_str(&text).map_err(|e| UsageError::Config(path.to_path_buf(), e.to_string()))
+}
+
+/// The text of a TOML file; a key that is none of `known` is refused with the nearest name.
+fn read_known(path: &Path, known: &[&str]) -> Result<String, UsageError> {
     let bad = |why: String| UsageError::Config(path.to_path_buf(), why);
     let text = std::fs::read_to_string(path).map_err(|e| bad(e.to_string()))?;
     let table: toml::Table = toml::from_str(&text).map_err(|e| bad(e.to_string()))?;
     for key in table.keys() {
-        if !SftOptions::KEYS.contains(&key.as_str()) {
-            let nearest = SftOptions::KEYS
+        if !known.contains(&key.as_str()) {
+            let nearest = known
                 .iter()
                 .max_by(|a, b| strsim::jaro_winkler(a, key).total_cmp(&strsim::jaro_winkler(b, key)));
             return Err(bad(format!(
@@ -291,7 +311,7 @@ pub fn read_toml(path: &Path) -> Result<SftOptions, UsageError> {
             )));
         }
     }
-    toml::from_str(&text).map_err(|e| bad(e.to_string()))
+    Ok(text)
 }
 
 /// Whether an option says what an adapter looks like.
@@ -340,10 +360,15 @@ impl SftConfig {
 
     /// Refuses values that cannot be meant.
     pub fn check(&self) -> Result<(), UsageError> {
-        let usage = |text: String| Err(UsageError::Usage(text));
         for (flag, path) in [("--model", &self.model), ("--data", &self.data)] {
             needed(flag, path)?;
         }
+        self.check_values()
+    }
+
+    /// The same, whatever the model and the data are called.
+    fn check_values(&self) -> Result<(), UsageError> {
+        let usage = |text: String| Err(UsageError::Usage(text));
         for (flag, value) in [
             ("--per-device-train-batch-size", self.per_device_train_batch_size),
             ("--gradient-accumulation-steps", self.gradient_accumulation_steps),

@@ -8,6 +8,7 @@ use anyhow::Context as _;
 use super::Output;
 use super::options::{Method, SftConfig};
 use super::sft::{self, Asked, Prepared, train_options};
+use crate::data::DataReport;
 use crate::memory::{self, Sizes};
 use crate::model::{Mode, Model};
 use crate::plan::{DataFile, Measured, Parameters, Plan, Work};
@@ -40,8 +41,8 @@ pub fn run(args: Args, output: Output) -> anyhow::Result<()> {
 fn plan(asked: &mut Asked, measure_steps: usize, output: Output) -> anyhow::Result<()> {
     let config = &mut asked.config;
     let prepared = sft::prepare(config, asked.method_is_given, output)?;
-    let options = train_options(config, &prepared.samples);
-    let mut plan = of(config, &prepared, &options)?;
+    let options = train_options(config, prepared.lengths());
+    let mut plan = of(config, &prepared.facts(), &options)?;
     warn(&plan, output);
     if measure_steps > 0 && plan.lacks().is_none() {
         plan.measured = Some(measure(&prepared, &options, &plan.work, measure_steps)?);
@@ -64,9 +65,20 @@ pub(super) fn warn(plan: &Plan, output: Output) {
     }
 }
 
+/// What is known of a run that is ready to start.
+pub(super) struct Facts<'a> {
+    pub(super) model: &'a Model,
+    /// Tokens of every row.
+    pub(super) lengths: Vec<usize>,
+    pub(super) report: &'a DataReport,
+    pub(super) eval_report: Option<&'a DataReport>,
+    /// What a teacher takes beside the model.
+    pub(super) teacher_bytes: u64,
+}
+
 /// The plan of a run that is ready to start.
-pub(super) fn of(config: &SftConfig, prepared: &Prepared, options: &TrainOptions) -> anyhow::Result<Plan> {
-    let model = &prepared.model;
+pub(super) fn of(config: &SftConfig, facts: &Facts<'_>, options: &TrainOptions) -> anyhow::Result<Plan> {
+    let model = facts.model;
     let dense = model
         .weights()
         .map(|weight| (weight.name.as_str(), weight.get(Mode::INFERENCE).elem_count()));
@@ -78,16 +90,15 @@ pub(super) fn of(config: &SftConfig, prepared: &Prepared, options: &TrainOptions
         dense.chain(quantized),
         trained.iter().map(|(name, var)| (*name, var.elem_count())),
     );
-    let lengths: Vec<usize> = prepared.samples.iter().map(|sample| sample.ids.len()).collect();
-    let work = Work::sum(plan_steps(&prepared.samples, options), &lengths);
-    let sizes = sizes(config.method, prepared, options, &parameters, &work);
+    let work = Work::sum(plan_steps(facts.lengths.clone(), options), &facts.lengths);
+    let sizes = sizes(config.method, facts, options, &parameters, &work);
     // What is in memory beside the weights: the program, the tokenizer, the data.
-    let held = sizes.weights + 4 * sizes.adapters;
+    let held = sizes.weights + 4 * sizes.adapters + facts.teacher_bytes;
     let resident = memory::resident();
     let program = resident.map_or(64 << 20, |resident| resident.now.saturating_sub(held));
     let loading = resident.map_or(0, |resident| resident.peak);
     let file = |path: &Path| DataFile::read(path).with_context(|| format!("cannot read {}", path.display()));
-    let eval_file = prepared
+    let eval_file = facts
         .eval_report
         .is_some()
         .then(|| file(&config.eval_data))
@@ -97,9 +108,9 @@ pub(super) fn of(config: &SftConfig, prepared: &Prepared, options: &TrainOptions
         method: config.method.name().to_owned(),
         parameters,
         data_file: file(&config.data)?,
-        data: prepared.report.clone(),
+        data: facts.report.clone(),
         eval_file,
-        eval_data: prepared.eval_report.clone(),
+        eval_data: facts.eval_report.cloned(),
         work,
         warmup_steps: options.warmup_steps,
         memory: sizes.plan(program, loading),
@@ -110,12 +121,12 @@ pub(super) fn of(config: &SftConfig, prepared: &Prepared, options: &TrainOptions
 
 fn sizes(
     method: Method,
-    prepared: &Prepared,
+    facts: &Facts<'_>,
     options: &TrainOptions,
     parameters: &Parameters,
     work: &Work,
 ) -> Sizes {
-    let model = &prepared.model;
+    let model = facts.model;
     let config = model.config();
     let adapters = parameters.kinds.iter().find(|kind| kind.kind == "adapters");
     let adapters = adapters.map_or(0, |kind| kind.trained as u64);
@@ -139,6 +150,7 @@ fn sizes(
         weights: weights.sum(),
         trained_weights: parameters.trained as u64 - adapters,
         adapters,
+        teacher: facts.teacher_bytes,
         tied_and_trained: config.tie_word_embeddings && trains_embedding,
         rows: work.largest_pass_tokens + work.largest_pass_rows * virtual_rows,
         recompute: options.learner.gradient_checkpointing,
@@ -181,7 +193,7 @@ fn measure(
 ) -> anyhow::Result<Measured> {
     let (model, stop) = (&prepared.model, AtomicBool::new(false));
     let tokens = |pass: &Vec<usize>| pass.iter().map(|i| prepared.samples[*i].ids.len()).sum::<usize>();
-    let largest = plan_steps(&prepared.samples, options)
+    let largest = plan_steps(prepared.lengths(), options)
         .find(|passes| passes.iter().any(|pass| tokens(pass) == work.largest_pass_tokens))
         .unwrap_or_default();
     let largest: Vec<_> = largest

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use super::UsageError;
-use super::options::{SftConfig, SftOptions, read_toml};
+use super::options::{OpdGiven, OpdSettings, SftConfig, SftOptions, read_toml};
 use crate::trainer::checkpoint;
 
 /// A run to go on with.
@@ -77,44 +77,72 @@ impl Resume {
         })
     }
 
+    /// The options that the run began with.
+    pub(super) fn stored(&self) -> PathBuf {
+        self.run.join("config.resolved.toml")
+    }
+
+    /// Refuses another folder than the run's own.
+    pub(super) fn check_place(&self, output_dir: Option<&Path>) -> Result<(), UsageError> {
+        let own = self.run.canonicalize().ok();
+        if output_dir.is_none_or(|dir| dir.canonicalize().ok() == own) {
+            return Ok(());
+        }
+        Err(UsageError::Usage(format!(
+            "-o: the run goes on in its own folder, {}\nhint: leave -o out",
+            self.run.display()
+        )))
+    }
+
     /// The settings of the run, with those that are given over them. Refuses a change that would make it another run;
     /// the second value names changes that make another result.
     pub(super) fn settings(&self, given: SftOptions) -> Result<(SftConfig, Vec<String>), UsageError> {
-        let stored = read_toml(&self.run.join("config.resolved.toml"))?;
-        let other_place = given
-            .output_dir
-            .as_ref()
-            .is_some_and(|dir| dir.canonicalize().ok() != self.run.canonicalize().ok());
-        if other_place {
-            return Err(UsageError::Usage(format!(
-                "-o: the run goes on in its own folder, {}\nhint: leave -o out",
-                self.run.display()
-            )));
-        }
-        let before = table(&stored.clone().resolve(SftOptions::default()))?;
+        let stored = read_toml(&self.stored())?;
+        self.check_place(given.output_dir.as_deref())?;
+        let before = table(stored.clone().resolve(SftOptions::default()).resolved())?;
         let options = given.or(stored);
         options.check()?;
         let mut config = options.resolve(SftOptions::default());
         config.output_dir.clone_from(&self.run);
-        let mut changes = Vec::new();
-        for (key, value) in table(&config)? {
-            let old = before.get(&key);
-            if old == Some(&value) || key == "output_dir" || FREE.contains(&key.as_str()) {
-                continue;
-            }
-            let flag = format!("--{}", key.replace('_', "-"));
-            let old = old.map_or("not given".to_owned(), toml::Value::to_string);
-            if !OTHER_RESULT.contains(&key.as_str()) {
-                return Err(UsageError::Usage(format!(
-                    "{flag} is {value}, but the run began with {old}: that would be another run\nhint: leave {flag} out, or begin a run in another folder with -o"
-                )));
-            }
-            changes.push(format!("{flag} is {value} now, {old} before"));
-        }
+        let changes = changes(&before, table(config.resolved())?)?;
         // The run's own record says how it goes on, not from where.
         config.resume_from_checkpoint = PathBuf::new();
         Ok((config, changes))
     }
+
+    /// The same of a distillation.
+    pub(super) fn opd_settings(&self, given: OpdGiven) -> Result<(OpdSettings, Vec<String>), UsageError> {
+        let stored = OpdGiven::read(&self.stored())?;
+        self.check_place(given.training.output_dir.as_deref())?;
+        let before = table(stored.clone().resolve().resolved())?;
+        let options = given.or(stored);
+        options.check()?;
+        let mut settings = options.resolve();
+        settings.training.output_dir.clone_from(&self.run);
+        let changes = changes(&before, table(settings.resolved())?)?;
+        settings.training.resume_from_checkpoint = PathBuf::new();
+        Ok((settings, changes))
+    }
+}
+
+/// The settings that differ and make another result; an error for one that would make it another run.
+fn changes(before: &toml::Table, now: toml::Table) -> Result<Vec<String>, UsageError> {
+    let mut changes = Vec::new();
+    for (key, value) in now {
+        let old = before.get(&key);
+        if old == Some(&value) || key == "output_dir" || FREE.contains(&key.as_str()) {
+            continue;
+        }
+        let flag = format!("--{}", key.replace('_', "-"));
+        let old = old.map_or("not given".to_owned(), toml::Value::to_string);
+        if !OTHER_RESULT.contains(&key.as_str()) {
+            return Err(UsageError::Usage(format!(
+                "{flag} is {value}, but the run began with {old}: that would be another run\nhint: leave {flag} out, or begin a run in another folder with -o"
+            )));
+        }
+        changes.push(format!("{flag} is {value} now, {old} before"));
+    }
+    Ok(changes)
 }
 
 /// N of `checkpoint-N`.
@@ -127,6 +155,6 @@ fn step_of(checkpoint: &Path) -> Option<usize> {
         .ok()
 }
 
-fn table(config: &SftConfig) -> Result<toml::Table, UsageError> {
-    config.resolved().map_err(|e| UsageError::Usage(e.to_string()))
+fn table(settings: Result<toml::Table, toml::ser::Error>) -> Result<toml::Table, UsageError> {
+    settings.map_err(|e| UsageError::Usage(e.to_string()))
 }

@@ -105,14 +105,14 @@ impl RunDir {
 
     /// Says what a run that stopped has left, and how to go on. The batch that broke the numbers is written down, to look
     /// at and to train on again.
-    pub(super) fn explain(&self, data: &Path, error: TrainError) -> anyhow::Error {
+    pub(super) fn explain(&self, command: &str, data: &Path, error: TrainError) -> anyhow::Error {
         let run = self.path.display();
         match &error {
             TrainError::Interrupted {
                 checkpoint: Some(checkpoint),
                 ..
             } => anyhow::anyhow!(
-                "{error}; they are saved in {}\nhint: pipit-distill sft --resume-from-checkpoint {run} goes on",
+                "{error}; they are saved in {}\nhint: pipit-distill {command} --resume-from-checkpoint {run} goes on",
                 checkpoint.display()
             ),
             TrainError::NotFinite {

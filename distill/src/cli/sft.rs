@@ -6,12 +6,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::Context as _;
 use serde::Serialize;
+use serde_json::json;
 
 use super::log::RunLog;
 use super::options::{Method, SftConfig, SftOptions, read_toml};
-use super::plan;
+use super::plan::{self, Facts};
 use super::resume::Resume;
 use super::run::{RunDir, refuse_existing};
+use super::show::Show;
 use super::{Output, UsageError, adapter};
 use crate::adapter::Adapter;
 use crate::card::{Base, Card};
@@ -28,12 +30,11 @@ use crate::trainer::{
     with_deep_stack,
 };
 
-const BAR: &str = "{msg} {wide_bar} {pos}/{len} {elapsed}, {eta} to go";
 /// Rows of the output layer at a time: 25 MB of logits for a vocabulary of 49,152.
-const LOSS_CHUNK: usize = 128;
+pub(super) const LOSS_CHUNK: usize = 128;
 /// Answers in samples.jsonl, and their length.
-const SAMPLES: usize = 8;
-const SAMPLE_TOKENS: usize = 128;
+pub(super) const SAMPLES: usize = 8;
+pub(super) const SAMPLE_TOKENS: usize = 128;
 
 /// Fine-tune a checkpoint on rows, loss on the answers only
 #[derive(Debug, clap::Args)]
@@ -53,10 +54,10 @@ pub struct Args {
 
 /// `summary.json`.
 #[derive(Debug, Serialize)]
-struct Summary<'a> {
+pub(super) struct Summary<'a> {
     model: &'a Path,
     method: Method,
-    output_dir: &'a Path,
+    pub(super) output_dir: &'a Path,
     trained_parameters: usize,
     parameters: usize,
     #[serde(flatten)]
@@ -73,7 +74,7 @@ struct Summary<'a> {
 }
 
 impl<'a> Summary<'a> {
-    fn of(config: &'a SftConfig, plan: &'a Plan, outcome: &'a Outcome) -> Self {
+    pub(super) fn of(config: &'a SftConfig, plan: &'a Plan, outcome: &'a Outcome) -> Self {
         Self {
             model: &config.model,
             method: config.method,
@@ -183,8 +184,8 @@ fn sft(
     }
     let prepared = prepare(config, method_is_given, output)?;
     let config = &*config;
-    let options = train_options(config, &prepared.samples);
-    let plan = plan::of(config, &prepared, &options)?;
+    let options = train_options(config, prepared.lengths());
+    let plan = plan::of(config, &prepared.facts(), &options)?;
     check_space(config, &options, plan.parameters.trained)?;
     plan::warn(&plan, output);
     if !output.quiet {
@@ -236,8 +237,8 @@ fn train_and_save(
         .file_name()
         .unwrap_or_default()
         .to_string_lossy();
-    let done = resume.as_ref().map_or(0, |resume| resume.step);
-    let mut log = RunLog::start(run.path(), &name, plan, done).with_context(cannot)?;
+    let before = resume.as_ref().map_or(0, |resume| resume.step);
+    let mut log = RunLog::start(run.path(), &name, plan, before).with_context(cannot)?;
     let export = |dir: &Path| match &prepared.adapter {
         Some(adapter) => adapter.save(model, dir).map_err(Into::into),
         None => save_checkpoint(model, &config.model, dir).map_err(Into::into),
@@ -250,13 +251,7 @@ fn train_and_save(
         load_best_model_at_end: config.load_best_model_at_end,
         resume_from: resume.map(|resume| resume.checkpoint),
     };
-    let bar = output.progress(options.steps as u64, BAR);
-    let plain = bar.is_hidden() && !output.quiet;
-    let say = |text: String| {
-        if !output.quiet {
-            bar.suspend(|| eprintln!("{text}"));
-        }
-    };
+    let show = Show::new(output, options.steps);
     let result = train(
         model,
         &prepared.samples,
@@ -266,47 +261,34 @@ fn train_and_save(
         stop,
         |event| match event {
             Event::Step(step, loss, speed) => {
-                bar.set_position(step as u64);
-                bar.set_message(format!("loss {loss:.3}, {speed:.0} tokens/s"));
+                show.step(step, loss, speed);
                 Ok(())
             }
             Event::Metrics(metrics) => {
-                if plain {
-                    eprintln!(
-                        "step {}/{}  loss {:.4}  lr {:.2e}  grad {:.3}  {:.0} tokens/s  eta {:.0} s",
-                        metrics.step,
-                        options.steps,
-                        metrics.loss,
-                        metrics.learning_rate,
-                        metrics.grad_norm,
-                        metrics.tokens_per_second,
-                        metrics.seconds / metrics.step as f64 * (options.steps - metrics.step) as f64
-                    );
-                }
+                show.metrics(&metrics);
                 log.metrics(&metrics)
             }
             Event::Evaluation(step, loss) => {
-                say(format!("step {step}  eval loss {loss:.4}"));
+                show.say(&format!("step {step}  eval loss {loss:.4}"));
                 let answers = prepared.answers().map_err(std::io::Error::other)?;
-                log.evaluation(step, loss, &answers)
+                let figures = json!({"eval_loss": loss, "eval_perplexity": loss.exp()});
+                log.evaluation(step, &figures, &answers)
             }
             Event::Saved(step) => {
-                tracing::info!("step {step}: a checkpoint is saved");
+                show.saved(step);
                 Ok(())
             }
             Event::Stopped(step) => {
-                say(format!(
-                    "step {step}: the evaluation does not become better, so the run ends"
-                ));
+                show.stopped(step);
                 Ok(())
             }
         },
     );
-    bar.finish_and_clear();
+    show.finish();
     let outcome = match result {
         Ok(outcome) => outcome,
         Err(TrainError::Tell(e)) => return Err(e).with_context(cannot),
-        Err(error) => return Err(run.explain(&config.data, error)),
+        Err(error) => return Err(run.explain("sft", &config.data, error)),
     };
 
     let card = Card {
@@ -316,6 +298,7 @@ fn train_and_save(
         languages: &prepared.languages,
         plan,
         outcome: &outcome,
+        teacher: None,
         settings: &toml::to_string(&config.resolved()?)?,
     };
     run.publish(|dir| {
@@ -332,20 +315,41 @@ fn train_and_save(
             .eval_loss
             .map(|loss| format!(", eval loss {loss:.4}"))
             .unwrap_or_default();
-        println!(
-            "{}: {} steps, loss {:.4}{eval}, {} tokens in {:.0} s ({:.0} tokens/s)",
-            config.output_dir.display(),
-            outcome.steps,
-            outcome.loss,
-            outcome.tokens,
-            outcome.seconds,
-            outcome.tokens_per_second
-        );
+        println!("{}", done(&config.output_dir, &outcome, &eval));
     }
     Ok(())
 }
 
+/// What came of a run, in a line.
+pub(super) fn done(run: &Path, outcome: &Outcome, evaluation: &str) -> String {
+    format!(
+        "{}: {} steps, loss {:.4}{evaluation}, {} tokens in {:.0} s ({:.0} tokens/s)",
+        run.display(),
+        outcome.steps,
+        outcome.loss,
+        outcome.tokens,
+        outcome.seconds,
+        outcome.tokens_per_second
+    )
+}
+
 impl Prepared {
+    /// Tokens of every sample.
+    pub(super) fn lengths(&self) -> Vec<usize> {
+        self.samples.iter().map(|sample| sample.ids.len()).collect()
+    }
+
+    /// What a plan is made of.
+    pub(super) fn facts(&self) -> Facts<'_> {
+        Facts {
+            model: &self.model,
+            lengths: self.lengths(),
+            report: &self.report,
+            eval_report: self.eval_report.as_ref(),
+            teacher_bytes: 0,
+        }
+    }
+
     /// Greedy answers to some of the held-out rows.
     fn answers(&self) -> anyhow::Result<Vec<Answer>> {
         let longest = self.model.longest();
@@ -361,37 +365,12 @@ pub(super) fn prepare(
     method_is_given: bool,
     output: Output,
 ) -> anyhow::Result<Prepared> {
-    let keep = match config.method {
-        Method::Full => Keep::Trained,
-        Method::Lora | Method::Prompt | Method::Prefix => Keep::Frozen,
-        Method::Qlora => Keep::Nf4 {
-            double_quant: config.bnb_4bit_use_double_quant,
-        },
-    };
-    let mut model = Model::open_as(&config.model, keep)?;
-    let encoder = Encoder::open(&config.model, model.config().vocab_size)?;
-    let adapter = adapter::put_on(&mut model, &encoder, config, method_is_given)?;
+    let Opened {
+        model,
+        adapter,
+        encoder,
+    } = open(config, method_is_given)?;
     let longest = model.longest();
-    if config.max_length == 0 {
-        config.max_length = longest.min(1024);
-    }
-    if config.max_length > longest {
-        let knows = model.config().max_position_embeddings;
-        anyhow::bail!(UsageError::Usage(format!(
-            "--max-length is {}, but the model was made for {knows} tokens (max_position_embeddings){}",
-            config.max_length,
-            if longest < knows {
-                ", virtual ones among them"
-            } else {
-                ""
-            }
-        )));
-    }
-    if longest < 2 {
-        anyhow::bail!(UsageError::Usage(
-            "--num-virtual-tokens leaves no room for a sequence".into()
-        ));
-    }
     let (rows, samples, report) = read(&encoder, &config.data, None, config.max_length)?;
     output.warn(&config.data, &report);
     let languages = languages(&rows);
@@ -425,6 +404,53 @@ pub(super) fn prepare(
     })
 }
 
+/// The model that is trained.
+pub(super) struct Opened {
+    pub(super) model: Model,
+    pub(super) adapter: Option<Adapter>,
+    pub(super) encoder: Encoder,
+}
+
+/// Opens the model, puts the adapter on it, and decides `max_length` where it is not given.
+pub(super) fn open(config: &mut SftConfig, method_is_given: bool) -> anyhow::Result<Opened> {
+    let keep = match config.method {
+        Method::Full => Keep::Trained,
+        Method::Lora | Method::Prompt | Method::Prefix => Keep::Frozen,
+        Method::Qlora => Keep::Nf4 {
+            double_quant: config.bnb_4bit_use_double_quant,
+        },
+    };
+    let mut model = Model::open_as(&config.model, keep)?;
+    let encoder = Encoder::open(&config.model, model.config().vocab_size)?;
+    let adapter = adapter::put_on(&mut model, &encoder, config, method_is_given)?;
+    let longest = model.longest();
+    if config.max_length == 0 {
+        config.max_length = longest.min(1024);
+    }
+    if config.max_length > longest {
+        let knows = model.config().max_position_embeddings;
+        anyhow::bail!(UsageError::Usage(format!(
+            "--max-length is {}, but the model was made for {knows} tokens (max_position_embeddings){}",
+            config.max_length,
+            if longest < knows {
+                ", virtual ones among them"
+            } else {
+                ""
+            }
+        )));
+    }
+    if longest < 2 {
+        anyhow::bail!(UsageError::Usage(
+            "--num-virtual-tokens leaves no room for a sequence".into()
+        ));
+    }
+    Ok(Opened {
+        model,
+        adapter,
+        encoder,
+    })
+}
+
 /// The rows of a file, as they are and as samples.
 fn read(
     encoder: &Encoder,
@@ -438,7 +464,7 @@ fn read(
 }
 
 /// The values of the column `language`, sorted.
-fn languages(rows: &Rows) -> Vec<String> {
+pub(super) fn languages(rows: &Rows) -> Vec<String> {
     let values = rows
         .rows
         .iter()
@@ -448,7 +474,7 @@ fn languages(rows: &Rows) -> Vec<String> {
     values.into_iter().map(str::to_owned).collect()
 }
 
-pub(super) fn train_options(config: &SftConfig, samples: &[Sample]) -> TrainOptions {
+pub(super) fn train_options(config: &SftConfig, lengths: Vec<usize>) -> TrainOptions {
     let batch_size = config.per_device_train_batch_size;
     let sampling = Sampling {
         batch_size,
@@ -456,7 +482,7 @@ pub(super) fn train_options(config: &SftConfig, samples: &[Sample]) -> TrainOpti
         gradient_accumulation_steps: config.gradient_accumulation_steps,
         seed: config.seed,
     };
-    let sampler = Sampler::new(samples.iter().map(|sample| sample.ids.len()).collect(), sampling);
+    let sampler = Sampler::new(lengths, sampling);
     let (steps, warmup_steps) = config.steps(|epochs| sampler.steps(epochs));
     TrainOptions {
         sampling,
@@ -484,7 +510,7 @@ pub(super) fn train_options(config: &SftConfig, samples: &[Sample]) -> TrainOpti
 }
 
 /// Refuses a run whose result and checkpoints have no room, as far as that is known before.
-fn check_space(config: &SftConfig, options: &TrainOptions, trained: usize) -> anyhow::Result<()> {
+pub(super) fn check_space(config: &SftConfig, options: &TrainOptions, trained: usize) -> anyhow::Result<()> {
     let saved = match options.save {
         When::Never => 0,
         When::Steps(steps) => options.steps / steps,

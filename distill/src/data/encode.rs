@@ -1,11 +1,11 @@
 //! Rows to tokens: the checkpoint's tokenizer and chat template, and labels on the answers only.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use pipit_convert::checkpoint::read_json_object;
-use pipit_convert::import::GgufCheckpoint;
+use pipit_convert::import::write_vocabulary;
 use rayon::prelude::*;
 use serde_json::Value;
 use sha2::{Digest as _, Sha256};
@@ -68,7 +68,7 @@ impl Encoder {
         }
         let write = |source| DataError::Scratch { source };
         let folder = tempfile::tempdir().map_err(write)?;
-        GgufCheckpoint::open(model)?.write_files(folder.path())?;
+        write_vocabulary(model, folder.path())?;
         Self::open_folder(folder.path(), vocab_size)
     }
 
@@ -140,9 +140,10 @@ impl Encoder {
         tokens.map(|(token, id)| (id, token)).collect()
     }
 
-    /// Tokens that are added to the tokenizer's own, special ones among them.
-    pub fn added_tokens(&self) -> BTreeSet<u32> {
-        self.tokenizer.get_added_tokens_decoder().into_keys().collect()
+    /// The text of a conversation at whose end an answer begins; none where there is no chat template.
+    pub fn render(&self, messages: &[Value]) -> Result<Option<String>, DataError> {
+        let template = self.template.as_ref();
+        template.map(|template| template.render(messages, None, true)).transpose()
     }
 
     /// The sha256 of the tokenizer: equal for equal ones, however their files are written.
@@ -236,6 +237,42 @@ impl Encoder {
             });
         }
         Ok((samples, report))
+    }
+
+    /// The prompts of all rows of a file with their lines, and what became of the others. The report counts the prompts'
+    /// tokens.
+    pub fn prompts(&self, path: &Path, rows: &Rows) -> Result<(Vec<(usize, Prompt)>, DataReport), DataError> {
+        let mut report = DataReport {
+            rows: rows.rows.len(),
+            beyond_limit: rows.beyond_limit,
+            ..DataReport::default()
+        };
+        let encoded = rows.rows.par_iter().map(|row| match row {
+            Ok(row) => self.prompt(path, row).map(|prompt| Ok((row.line, prompt))),
+            Err(broken) => Ok(Err(broken.clone())),
+        });
+        let mut prompts = Vec::new();
+        for row in encoded.collect::<Result<Vec<_>, _>>()? {
+            match row {
+                Ok((line, Some(prompt))) if !prompt.ids.is_empty() => prompts.push((line, prompt)),
+                Ok((line, _)) => report.without_trained_token.push(line),
+                Err(broken) => report.broken.push(broken),
+            }
+        }
+        let sample = |(line, prompt): &(usize, Prompt)| Sample {
+            line: *line,
+            ids: prompt.ids.clone(),
+            labels: vec![IGNORED; prompt.ids.len()],
+        };
+        report.count(&prompts.iter().map(sample).collect::<Vec<_>>());
+        if prompts.is_empty() {
+            let why = report.warnings().into_iter().next();
+            return Err(DataError::Nothing {
+                path: path.to_path_buf(),
+                why: why.unwrap_or_else(|| "it is empty".into()),
+            });
+        }
+        Ok((prompts, report))
     }
 
     fn encode(&self, path: &Path, row: &Row, max_length: usize) -> Result<Encoded, DataError> {

@@ -97,6 +97,23 @@ impl Model {
             .chain(self.head.lora.as_ref().map(|_| HEAD))
     }
 
+    /// The low-rank adapter of a linear layer of a block or of the output layer.
+    pub(crate) fn lora(&self, module: &str) -> Option<&Lora> {
+        if self.is_head(module) {
+            return self.head.lora.as_ref();
+        }
+        let linear = self.linears().find(|linear| linear.module() == module);
+        linear?.lora.as_ref()
+    }
+
+    /// The names of the matrices: embedding, linear layers, and the output layer where it has its own.
+    pub(crate) fn matrix_names(&self) -> Vec<String> {
+        let linears = self.linears().map(|linear| &linear.weight);
+        let matrices = std::iter::once(&self.embed_tokens.weight).chain(linears);
+        let matrices = matrices.chain(&self.head.weight);
+        matrices.map(|weight| weight.name().to_owned()).collect()
+    }
+
     /// The tensors of the low-rank adapters, in the order of the forward pass.
     pub fn adapter_parameters(&self) -> impl Iterator<Item = &Parameter> {
         let embedding = self.embed_tokens.lora.iter().flat_map(EmbeddingLora::parameters);

@@ -54,6 +54,27 @@ impl KvCache {
         self.lengths.retain(|_| keep.next().copied().unwrap_or(false));
     }
 
+    /// Every sequence so many times, its copies one after another.
+    pub fn repeat(&mut self, copies: usize) {
+        for layer in &mut self.layers {
+            let rows = layer.drain(..).flat_map(|rows| vec![rows; copies]);
+            *layer = rows.collect();
+        }
+        self.lengths = self
+            .lengths
+            .iter()
+            .flat_map(|length| vec![*length; copies])
+            .collect();
+    }
+
+    /// Takes up the sequences of another cache of the model, behind its own.
+    pub fn append(&mut self, other: Self) {
+        for (layer, mut more) in self.layers.iter_mut().zip(other.layers) {
+            layer.append(&mut more);
+        }
+        self.lengths.extend(other.lengths);
+    }
+
     /// Appends the new rows' keys and values (already turned by their positions) and attends from the new
     /// rows to all. `starts` are the rows at which the sequences begin, and last the number of rows.
     pub(crate) fn attend(

@@ -9,7 +9,7 @@ use super::gemma3::Gemma3Block;
 use super::llama::LlamaBlock;
 use super::load::{Keep, Loader};
 use super::norm::Norm;
-use super::ops::{RopeTable, Rotation, Targets, attention, put_before, take_before, widened};
+use super::ops::{Distillation, RopeTable, Rotation, Targets, attention, put_before, take_before, widened};
 use super::parts::QkvBias;
 use super::qwen3::Qwen3Block;
 use super::source::Source;
@@ -18,6 +18,7 @@ use super::{
     VirtualTokens, Weight,
 };
 use crate::batch::{Batch, positions};
+use crate::loss::{Measures, Objective, Taught};
 
 /// A model whose weights are frozen or trained, with or without an adapter. f32, on the CPU.
 #[derive(Debug)]
@@ -157,7 +158,7 @@ impl Model {
         // A soft prompt stands before the first tokens of a sequence only; a prefix is not among the rows, but it
         // takes the first positions.
         let begins = before.iter().all(|rows| *rows == 0);
-        let virtual_tokens = self.virtual_tokens.as_ref().filter(|_| begins);
+        let virtual_tokens = self.virtual_tokens.as_ref().filter(|_| begins && !mode.base);
         let virtual_rows = virtual_tokens.map_or(0, VirtualTokens::rows);
         let offset = virtual_tokens.map_or(0, |tokens| tokens.count() - tokens.rows());
         let starts = widened(&token_starts, virtual_rows);
@@ -202,13 +203,24 @@ impl Model {
     pub fn block(&self, i: usize, x: &Tensor, pass: &Pass) -> Result<Tensor> {
         self.layers[i].forward(x, pass, &mut |q, k, v, heads| {
             let starts = pass.starts.clone();
-            let Some(prefix) = self.virtual_tokens.as_ref().and_then(VirtualTokens::prefix) else {
+            let virtual_tokens = self.virtual_tokens.as_ref().filter(|_| !pass.mode.base);
+            let Some(prefix) = virtual_tokens.and_then(VirtualTokens::prefix) else {
                 return attention(q, k, v, heads, starts.clone(), starts);
             };
             let [k, v] = prefix.put_before(i, [k, v], &starts, pass.mode)?;
             let key_starts = widened(&starts, prefix.num_virtual_tokens).into();
             attention(q, &k, &v, heads, starts, key_starts)
         })
+    }
+
+    /// Gives back the memory that reading block `i`'s matrices took, where they are read from a file.
+    pub fn release(&self, i: usize) {
+        let matrices = self.layers[i].linears();
+        for linear in matrices {
+            if let Some(rows) = linear.weight.quantized() {
+                rows.release();
+            }
+        }
     }
 
     /// The last norm, of the batch's tokens only, `[rows, hidden_size]` → `[tokens, hidden_size]`.
@@ -269,5 +281,21 @@ impl Model {
     /// The sum of −log p over the batch's labels (a scalar; divide by [`Batch::trained_tokens`]).
     pub fn loss_sum(&self, batch: &Batch, mode: Mode, chunk: usize) -> Result<Tensor> {
         self.loss_of_hidden(&self.hidden(batch, mode)?, batch, mode, chunk)
+    }
+
+    /// The sum of a loss against a teacher over the batch's labels (a scalar), and its parts, from the hidden states
+    /// after the last norm. Of the student's and the teacher's logits as many rows exist at a time as the objective
+    /// says. Without gradients it measures.
+    pub fn distillation_loss(
+        &self,
+        hidden: &Tensor,
+        batch: &Batch,
+        taught: Taught,
+        objective: &Objective,
+        mode: Mode,
+    ) -> Result<(Tensor, Measures)> {
+        let distillation = Distillation::new(batch, taught, objective, self.config.vocab_size)?;
+        self.head
+            .distillation_loss(hidden, &self.embed_tokens.weight, distillation, mode)
     }
 }

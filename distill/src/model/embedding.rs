@@ -30,8 +30,8 @@ impl Embedding {
             table => frozen_embedding(&table.frozen(), batch.ids())?,
         };
         match &self.lora {
-            Some(lora) => lora.forward(&rows, batch.ids(), &self.weight, mode),
-            None => Ok(rows),
+            Some(lora) if !mode.base => lora.forward(&rows, batch.ids(), &self.weight, mode),
+            _ => Ok(rows),
         }
     }
 }

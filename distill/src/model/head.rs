@@ -2,8 +2,12 @@
 
 use candle_core::{Result, Tensor};
 
-use super::ops::{Targets, cross_entropy, frozen_cross_entropy, frozen_linear, lora_cross_entropy};
+use super::ops::{
+    Distillation, Frozen, HeadAdapter, Targets, cross_entropy, distillation_loss, frozen_cross_entropy,
+    frozen_distillation_loss, frozen_linear, lora_cross_entropy, lora_distillation_loss,
+};
 use super::{Lora, Mode, Weight};
+use crate::loss::Measures;
 
 /// The output layer of a model.
 #[derive(Debug)]
@@ -41,19 +45,59 @@ impl Head {
         mode: Mode,
     ) -> Result<Tensor> {
         let weight = self.weight(embed_tokens);
-        if let Some(lora) = &self.lora {
-            return lora_loss(lora, hidden, weight, targets, mode);
+        match self.kind(weight, mode) {
+            Kind::Trained(weight) => cross_entropy(hidden, weight, targets),
+            Kind::Frozen => frozen_cross_entropy(hidden, &weight.frozen(), targets),
+            Kind::Adapted(lora) => adapted(lora, hidden, weight, mode, |weight, adapter| {
+                lora_cross_entropy(hidden, weight, adapter, targets)
+            }),
         }
-        match weight {
-            Weight::Dense(weight) if mode.gradient && weight.var().is_some() => {
-                cross_entropy(hidden, weight.get(mode), targets)
+    }
+
+    /// The sum of a loss against a teacher, likewise, and its parts.
+    pub(super) fn distillation_loss(
+        &self,
+        hidden: &Tensor,
+        embed_tokens: &Weight,
+        distillation: Distillation,
+        mode: Mode,
+    ) -> Result<(Tensor, Measures)> {
+        let weight = self.weight(embed_tokens);
+        match self.kind(weight, mode) {
+            Kind::Trained(weight) => distillation_loss(hidden, weight, distillation),
+            Kind::Frozen => frozen_distillation_loss(hidden, &weight.frozen(), distillation),
+            Kind::Adapted(lora) => adapted(lora, hidden, weight, mode, |weight, adapter| {
+                lora_distillation_loss(hidden, weight, adapter, distillation)
+            }),
+        }
+    }
+
+    fn kind<'a>(&'a self, weight: &'a Weight, mode: Mode) -> Kind<'a> {
+        match (&self.lora, weight) {
+            (Some(lora), _) if !mode.base => Kind::Adapted(lora),
+            (_, Weight::Dense(weight)) if mode.gradient && weight.var().is_some() => {
+                Kind::Trained(weight.get(mode))
             }
-            weight => frozen_cross_entropy(hidden, &weight.frozen(), targets),
+            _ => Kind::Frozen,
         }
     }
 }
 
-fn lora_loss(lora: &Lora, hidden: &Tensor, weight: &Weight, targets: Targets, mode: Mode) -> Result<Tensor> {
+/// What of the layer gets gradients.
+enum Kind<'a> {
+    Trained(&'a Tensor),
+    Frozen,
+    Adapted(&'a Lora),
+}
+
+/// Calls `loss` with what an adapter does to the layer.
+fn adapted<R>(
+    lora: &Lora,
+    hidden: &Tensor,
+    weight: &Weight,
+    mode: Mode,
+    loss: impl FnOnce(&Frozen, HeadAdapter<'_>) -> Result<R>,
+) -> Result<R> {
     let frozen = weight.frozen();
     let (mut down, mut b) = (lora.down(hidden, weight, mode)?, lora.b.get(mode).clone());
     // A bias is one more column of B, whose input is always the scale.
@@ -66,5 +110,10 @@ fn lora_loss(lora: &Lora, hidden: &Tensor, weight: &Weight, targets: Targets, mo
     let factors = magnitude
         .map(|magnitude| lora.factors(magnitude, &frozen, mode))
         .transpose()?;
-    lora_cross_entropy(hidden, &frozen, &down, &b, factors.as_ref(), targets)
+    let adapter = HeadAdapter {
+        down: &down,
+        b: &b,
+        factors: factors.as_ref(),
+    };
+    loss(&frozen, adapter)
 }

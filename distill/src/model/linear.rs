@@ -44,11 +44,11 @@ impl Linear {
             watch.see(x)?;
         }
         let y = match (&self.lora, &self.weight) {
-            (Some(lora), weight) => lora.forward(x, weight, mode)?,
-            (None, Weight::Dense(weight)) if mode.gradient && weight.var().is_some() => {
+            (Some(lora), weight) if !mode.base => lora.forward(x, weight, mode)?,
+            (_, Weight::Dense(weight)) if mode.gradient && weight.var().is_some() => {
                 linear(x, weight.get(mode))?
             }
-            (None, weight) => frozen_linear(x, &weight.frozen())?,
+            (_, weight) => frozen_linear(x, &weight.frozen())?,
         };
         match &self.bias {
             Some(bias) => y.broadcast_add(bias.get(mode)),

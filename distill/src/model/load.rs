@@ -16,6 +16,9 @@ pub enum Keep {
     Trained,
     /// f32, frozen.
     Frozen,
+    /// Matrices are read from the checkpoint's file in their own type when they are needed; norms and biases are f32.
+    /// All are frozen.
+    Mapped,
     /// The blocks' linear layers in NF4, which is QLoRA's base. Embedding and output layer are read from the
     /// checkpoint's file in their own type when they are needed; norms and biases are f32. All are frozen.
     Nf4 {
@@ -68,17 +71,17 @@ impl<'a> Loader<'a> {
         let tensor = Tensor::from_vec(self.numbers(&name, shape)?, shape, &Device::Cpu)?;
         Ok(match self.keep {
             Keep::Trained => Parameter::trained(name, &tensor)?,
-            Keep::Frozen | Keep::Nf4 { .. } => Parameter::frozen(name, &tensor),
+            Keep::Frozen | Keep::Mapped | Keep::Nf4 { .. } => Parameter::frozen(name, &tensor),
         })
     }
 
-    /// The matrix of an embedding or an output layer.
+    /// A matrix that stays as it is in the checkpoint, or becomes f32.
     pub(crate) fn weight(&mut self, name: String, shape: [usize; 2]) -> Result<Weight, ModelError> {
         match (self.source, self.keep) {
             (Source::Folder(_), Keep::Trained | Keep::Frozen) => {
                 Ok(Weight::Dense(self.parameter(name, &shape)?))
             }
-            (Source::File(_), _) | (_, Keep::Nf4 { .. }) => {
+            (Source::File(_), _) | (_, Keep::Mapped | Keep::Nf4 { .. }) => {
                 self.check_shape(&name, &shape)?;
                 Ok(Weight::Quantized(self.source.rows(&name)?))
             }

@@ -7,14 +7,16 @@
 mod attention;
 mod composed;
 mod cross_entropy;
+mod distillation;
 mod embedding;
 mod frozen;
 mod gemm;
 mod glu;
 #[cfg(test)]
 pub(crate) mod gradcheck;
+mod head_loss;
 mod linear;
-mod lora_cross_entropy;
+mod lora_head_loss;
 mod lora_linear;
 mod norms;
 mod real;
@@ -24,15 +26,17 @@ mod virtual_rows;
 
 pub use attention::{Heads, attention};
 pub(crate) use attention::{Sequence, attend};
-pub use cross_entropy::{Targets, cross_entropy, frozen_cross_entropy};
+pub use cross_entropy::{cross_entropy, frozen_cross_entropy, lora_cross_entropy};
+pub use distillation::{Distillation, distillation_loss, frozen_distillation_loss, lora_distillation_loss};
 pub use embedding::{embedding, frozen_embedding};
 pub use frozen::Frozen;
 pub use glu::{geglu, swiglu};
+pub use head_loss::Targets;
 pub use linear::{frozen_linear, linear};
-pub use lora_cross_entropy::lora_cross_entropy;
+pub use lora_head_loss::HeadAdapter;
 pub use lora_linear::{Dropout, lora_linear};
 pub(crate) use norms::Adapted;
-pub(crate) use real::with_elements;
+pub(crate) use real::{Real, with_elements};
 pub use rms_norm::{per_head, rms_norm, rms_norm_plus_one};
 pub use rope::{RopeTable, Rotation, rope};
 pub(crate) use virtual_rows::widened;

@@ -9,6 +9,8 @@ pub struct Mode {
     pub gradient: bool,
     /// The seed of this pass's dropout; without one nothing is dropped.
     pub dropout_seed: Option<u64>,
+    /// Whether adapters are left out: what is asked is the model that they stand on.
+    pub base: bool,
 }
 
 impl Mode {
@@ -16,6 +18,12 @@ impl Mode {
     pub const INFERENCE: Self = Self {
         gradient: false,
         dropout_seed: None,
+        base: false,
+    };
+    /// The same without adapters.
+    pub const BASE: Self = Self {
+        base: true,
+        ..Self::INFERENCE
     };
 }
 

@@ -22,8 +22,6 @@ const MAGIC: &[u8; 8] = b"PIPITSC1";
 const LEVEL: i32 = 3;
 /// Rows of logits that are brought down to the top k at once.
 const ROWS: usize = 64;
-/// The largest file that is unpacked.
-const MOST_BYTES: usize = 1 << 30;
 
 /// Whose scores a folder holds.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -52,9 +50,21 @@ impl Binding {
     fn difference(&self, other: &Self) -> Option<(&'static str, String, String)> {
         let pairs = [
             ("teacher", self.teacher.clone(), other.teacher.clone()),
-            ("tokenizer", self.tokenizer_sha256.clone(), other.tokenizer_sha256.clone()),
-            ("chat template", self.template_sha256.clone(), other.template_sha256.clone()),
-            ("vocabulary size", self.vocab_size.to_string(), other.vocab_size.to_string()),
+            (
+                "tokenizer",
+                self.tokenizer_sha256.clone(),
+                other.tokenizer_sha256.clone(),
+            ),
+            (
+                "chat template",
+                self.template_sha256.clone(),
+                other.template_sha256.clone(),
+            ),
+            (
+                "vocabulary size",
+                self.vocab_size.to_string(),
+                other.vocab_size.to_string(),
+            ),
             ("top k", self.top_k.to_string(), other.top_k.to_string()),
         ];
         pairs.into_iter().find(|(_, ours, theirs)| ours != theirs)
@@ -73,17 +83,17 @@ pub struct Counts {
 }
 
 /// A teacher that is asked about what its cache does not have.
-pub struct Cached {
-    teacher: Box<dyn Teacher>,
+pub struct Cached<'a> {
+    teacher: Box<dyn Teacher + 'a>,
     dir: PathBuf,
     top_k: usize,
     vocab_size: usize,
     counts: Counts,
 }
 
-impl Cached {
+impl<'a> Cached<'a> {
     /// Opens the folder, or makes it. One that holds the scores of another teacher, tokenizer, template or k is refused.
-    pub fn open(dir: &Path, teacher: Box<dyn Teacher>, binding: &Binding) -> Result<Self, TeacherError> {
+    pub fn open(dir: &Path, teacher: Box<dyn Teacher + 'a>, binding: &Binding) -> Result<Self, TeacherError> {
         let about = dir.join(ABOUT);
         if about.is_file() {
             let no = |why: String| TeacherError::NoCache {
@@ -141,7 +151,7 @@ impl Cached {
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(e) => return Err(failed(&path, e)),
         };
-        match unpack(&bytes, key, rows, self.vocab_size) {
+        match unpack(&bytes, key, (rows, self.top_k), self.vocab_size) {
             Ok(scores) => Ok(Some(scores)),
             Err(why) => {
                 self.counts.damaged += 1;
@@ -164,7 +174,7 @@ impl Cached {
     }
 }
 
-impl Teacher for Cached {
+impl Teacher for Cached<'_> {
     fn name(&self) -> String {
         self.teacher.name()
     }
@@ -174,7 +184,10 @@ impl Teacher for Cached {
     }
 
     fn score(&mut self, sequences: &[Asked<'_>]) -> Result<Scores, TeacherError> {
-        let rows: Vec<usize> = sequences.iter().map(|asked| label_places(asked.labels).count()).collect();
+        let rows: Vec<usize> = sequences
+            .iter()
+            .map(|asked| label_places(asked.labels).count())
+            .collect();
         let mut scores = Vec::with_capacity(sequences.len());
         for (asked, rows) in sequences.iter().zip(&rows) {
             scores.push(self.read(&key(asked), *rows)?);
@@ -209,8 +222,12 @@ impl Teacher for Cached {
         let k = parts().map(|part| part.k).min().unwrap_or(self.top_k);
         let (mut ids, mut logprobs) = (Vec::new(), Vec::new());
         for part in parts() {
-            part.ids.chunks_exact(part.k).for_each(|row| ids.extend(&row[..k]));
-            part.logprobs.chunks_exact(part.k).for_each(|row| logprobs.extend(&row[..k]));
+            part.ids
+                .chunks_exact(part.k)
+                .for_each(|row| ids.extend(&row[..k]));
+            part.logprobs
+                .chunks_exact(part.k)
+                .for_each(|row| logprobs.extend(&row[..k]));
         }
         Ok(Scores::Top(TopK { k, ids, logprobs }))
     }
@@ -284,14 +301,15 @@ fn pack(key: &str, scores: &TopK) -> io::Result<Vec<u8>> {
         (0..4).for_each(|plane| bytes.extend(numbers.iter().map(|number| number[plane])));
     }
     let mut encoder = zstd::bulk::Compressor::new(LEVEL)?;
-    encoder.set_parameter(zstd::zstd_safe::CParameter::ChecksumFlag(true))?;
+    encoder.include_checksum(true)?;
     encoder.compress(&bytes)
 }
 
-/// What a file holds, or why it cannot be used.
-fn unpack(bytes: &[u8], key: &str, rows: usize, vocab_size: usize) -> Result<TopK, String> {
-    let bytes = zstd::bulk::decompress(bytes, MOST_BYTES).map_err(|e| format!("it is damaged: {e}"))?;
+/// What a file holds, or why it cannot be used. So many rows are asked for, of so many tokens at most.
+fn unpack(bytes: &[u8], key: &str, (rows, most): (usize, usize), vocab_size: usize) -> Result<TopK, String> {
     let header = MAGIC.len() + key.len();
+    let room = header + 8 + rows.saturating_mul(most).saturating_mul(8);
+    let bytes = zstd::bulk::decompress(bytes, room).map_err(|e| format!("it is damaged: {e}"))?;
     let (head, rest) = bytes.split_at_checked(header + 8).ok_or("it is too short")?;
     if &head[..MAGIC.len()] != MAGIC {
         return Err("it holds no scores".into());
@@ -303,9 +321,14 @@ fn unpack(bytes: &[u8], key: &str, rows: usize, vocab_size: usize) -> Result<Top
     let (found, k) = (count(header), count(header + 4));
     let numbers = found.checked_mul(k).ok_or("its counts are too large")?;
     if found != rows || Some(rest.len()) != numbers.checked_mul(8) {
-        return Err(format!("it has {found} rows of {k} tokens in {} bytes, and {rows} are asked for", rest.len()));
+        return Err(format!(
+            "it has {found} rows of {k} tokens in {} bytes, and {rows} are asked for",
+            rest.len()
+        ));
     }
-    let number = |i: usize, of: usize| -> [u8; 4] { std::array::from_fn(|plane| rest[(of * 4 + plane) * numbers + i]) };
+    let number = |i: usize, of: usize| -> [u8; 4] {
+        std::array::from_fn(|plane| rest[(of * 4 + plane) * numbers + i])
+    };
     let ids: Vec<u32> = (0..numbers).map(|i| u32::from_le_bytes(number(i, 0))).collect();
     let logprobs: Vec<f32> = (0..numbers).map(|i| f32::from_le_bytes(number(i, 1))).collect();
     let known = ids.iter().all(|id| (*id as usize) < vocab_size);
@@ -374,7 +397,7 @@ mod tests {
         }
     }
 
-    fn open(dir: &Path, full: bool) -> (Cached, std::rc::Rc<std::cell::Cell<usize>>) {
+    fn open(dir: &Path, full: bool) -> (Cached<'static>, std::rc::Rc<std::cell::Cell<usize>>) {
         let asked = std::rc::Rc::default();
         let teacher = Box::new(Four {
             full,
@@ -394,7 +417,7 @@ mod tests {
         route: None,
     };
 
-    fn top(cached: &mut Cached, sequences: &[Asked<'_>]) -> TopK {
+    fn top(cached: &mut Cached<'_>, sequences: &[Asked<'_>]) -> TopK {
         match cached.score(sequences).unwrap() {
             Scores::Top(top) => top,
             _ => panic!("no top k"),
@@ -419,11 +442,27 @@ mod tests {
         let bits = |top: &TopK| top.logprobs.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
         assert_eq!(bits(&second), bits(&first));
         assert_eq!(asked.get(), 0);
-        assert_eq!(again.counts(), Counts { found: 3, asked: 0, damaged: 0 });
+        assert_eq!(
+            again.counts(),
+            Counts {
+                found: 3,
+                asked: 0,
+                damaged: 0
+            }
+        );
         // Other labels of the same tokens, and the same under another teacher's route, are something else.
-        let other = Asked { labels: &[-100, -100, 2, -100, 3], ..LONG };
+        let other = Asked {
+            labels: &[-100, -100, 2, -100, 3],
+            ..LONG
+        };
         assert_eq!(top(&mut again, &[other]).ids.len(), 4);
-        top(&mut again, &[Asked { route: Some("nl"), ..LONG }]);
+        top(
+            &mut again,
+            &[Asked {
+                route: Some("nl"),
+                ..LONG
+            }],
+        );
         assert_eq!(asked.get(), 2);
     }
 
@@ -435,13 +474,18 @@ mod tests {
         let path = cached.path(&key(&LONG));
         let whole = std::fs::read(&path).unwrap();
         let other = std::fs::read(cached.path(&key(&SHORT))).unwrap();
-        let mut cases = vec![whole[..whole.len() - 1].to_vec(), vec![], b"not zstd".to_vec(), other];
+        let mut cases = vec![
+            whole[..whole.len() - 1].to_vec(),
+            vec![],
+            b"not zstd".to_vec(),
+            other,
+        ];
         for at in 0..whole.len() {
             let mut flipped = whole.clone();
             flipped[at] ^= 0x10;
             cases.push(flipped);
         }
-        let (mut counted, cases_count) = (2, cases.len());
+        let (mut counted, cases_count) = (asked.get(), cases.len());
         for bytes in cases {
             std::fs::write(&path, &bytes).unwrap();
             assert_eq!(top(&mut cached, &[LONG, SHORT]), right);
@@ -450,7 +494,11 @@ mod tests {
             assert_eq!(std::fs::read(&path).unwrap(), whole, "it is written anew");
         }
         // A flipped bit in what Zstandard does not look at may go unseen, and change nothing.
-        assert!(cached.counts().damaged >= cases_count - 4, "{:?}", cached.counts());
+        assert!(
+            cached.counts().damaged >= cases_count - 4,
+            "{:?}",
+            cached.counts()
+        );
     }
 
     #[test]
@@ -460,7 +508,10 @@ mod tests {
         let refused = |change: fn(&mut Binding)| {
             let mut binding = binding();
             change(&mut binding);
-            let teacher = Box::new(Four { full: true, asked: std::rc::Rc::default() });
+            let teacher = Box::new(Four {
+                full: true,
+                asked: std::rc::Rc::default(),
+            });
             match Cached::open(dir.path(), teacher, &binding) {
                 Err(error) => error.to_string(),
                 Ok(_) => panic!("not refused"),

@@ -85,7 +85,11 @@ impl Decoder {
             return Ok(());
         };
         let mut from = match self.at {
-            Some((of_call, of_sequence, from)) if (of_call, of_sequence) == (call, sequence) && from <= *first => from,
+            Some((of_call, of_sequence, from))
+                if (of_call, of_sequence) == (call, sequence) && from <= *first =>
+            {
+                from
+            }
             _ => {
                 self.session.clear();
                 0
@@ -130,7 +134,8 @@ impl LogitRows for DecodedRows {
     }
 
     fn read(&self, rows: Range<usize>, out: &mut [f32]) -> candle_core::Result<()> {
-        let mut decoder: MutexGuard<'_, Decoder> = self.decoder.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut decoder: MutexGuard<'_, Decoder> =
+            self.decoder.lock().unwrap_or_else(PoisonError::into_inner);
         let mut out = out;
         for of_one in self.rows[rows].chunk_by(|a, b| a.0 == b.0) {
             let sequence = of_one[0].0;

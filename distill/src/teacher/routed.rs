@@ -6,13 +6,15 @@ use std::ops::Range;
 use super::{Asked, LogitRows, Scores, Teacher, TeacherError, TopK, label_places};
 
 /// Teachers by the value of a column of the data.
-pub struct Routed {
-    teachers: BTreeMap<String, Box<dyn Teacher>>,
+pub struct Routed<'a> {
+    teachers: BTreeMap<String, Box<dyn Teacher + 'a>>,
 }
 
-impl Routed {
+impl<'a> Routed<'a> {
     /// Teachers under the values that choose them.
-    pub fn new(teachers: impl IntoIterator<Item = (String, Box<dyn Teacher>)>) -> Result<Self, TeacherError> {
+    pub fn new(
+        teachers: impl IntoIterator<Item = (String, Box<dyn Teacher + 'a>)>,
+    ) -> Result<Self, TeacherError> {
         let mut routed = Self {
             teachers: BTreeMap::new(),
         };
@@ -41,7 +43,7 @@ impl Routed {
     }
 }
 
-impl Teacher for Routed {
+impl Teacher for Routed<'_> {
     fn name(&self) -> String {
         let names = self
             .teachers
@@ -64,7 +66,10 @@ impl Teacher for Routed {
         }
         let vocab_size = self.vocab_size();
         let mut merged = Merged::default();
-        let rows: Vec<usize> = sequences.iter().map(|asked| label_places(asked.labels).count()).collect();
+        let rows: Vec<usize> = sequences
+            .iter()
+            .map(|asked| label_places(asked.labels).count())
+            .collect();
         for (route, teacher) in &mut self.teachers {
             let of_route = |i: &usize| sequences[*i].route == Some(route);
             let places: Vec<usize> = (0..sequences.len()).filter(of_route).collect();
@@ -91,7 +96,8 @@ impl Merged {
         let part = self.parts.len();
         let mut at = 0;
         for sequence in sequences {
-            self.rows.extend((at..at + rows[*sequence]).map(|row| (*sequence, part, row)));
+            self.rows
+                .extend((at..at + rows[*sequence]).map(|row| (*sequence, part, row)));
             at += rows[*sequence];
         }
         self.parts.push(scores);
@@ -129,7 +135,9 @@ impl Merged {
                 }
                 Ok(Scores::Top(merged))
             }
-            (true, true, false) => Ok(Scores::Label(rows.iter().map(|(part, row)| label[*part][*row]).collect())),
+            (true, true, false) => Ok(Scores::Label(
+                rows.iter().map(|(part, row)| label[*part][*row]).collect(),
+            )),
             _ => Err(TeacherError::MixedScores),
         }
     }
@@ -203,7 +211,10 @@ mod tests {
             self.vocab_size
         }
         fn score(&mut self, sequences: &[Asked<'_>]) -> Result<Scores, TeacherError> {
-            let rows: usize = sequences.iter().map(|asked| label_places(asked.labels).count()).sum();
+            let rows: usize = sequences
+                .iter()
+                .map(|asked| label_places(asked.labels).count())
+                .sum();
             let numbers: Vec<f32> = (0..rows).map(|row| self.teacher + row as f32).collect();
             Ok(match self.k {
                 0 => Scores::Full(Box::new(NumberRows(numbers, self.vocab_size))),
@@ -216,9 +227,18 @@ mod tests {
         }
     }
 
-    fn routed(k: [usize; 2]) -> Routed {
-        let numbers = |teacher, vocab_size, k| -> Box<dyn Teacher> { Box::new(Numbers { teacher, vocab_size, k }) };
-        let teachers = [("nl".into(), numbers(10.0, 5, k[0])), ("fr".into(), numbers(20.0, 4, k[1]))];
+    fn routed(k: [usize; 2]) -> Routed<'static> {
+        let numbers = |teacher, vocab_size, k| -> Box<dyn Teacher> {
+            Box::new(Numbers {
+                teacher,
+                vocab_size,
+                k,
+            })
+        };
+        let teachers = [
+            ("nl".into(), numbers(10.0, 5, k[0])),
+            ("fr".into(), numbers(20.0, 4, k[1])),
+        ];
         Routed::new(teachers).unwrap()
     }
 
@@ -247,7 +267,10 @@ mod tests {
             panic!("no top k")
         };
         assert_eq!((top.k, top.ids.len()), (2, 12));
-        assert_eq!(top.logprobs.iter().step_by(2).map(|x| -x).collect::<Vec<_>>(), expected);
+        assert_eq!(
+            top.logprobs.iter().step_by(2).map(|x| -x).collect::<Vec<_>>(),
+            expected
+        );
     }
 
     #[test]
@@ -258,7 +281,10 @@ mod tests {
         };
         let text = error(&[asked("de")], [0, 0]);
         assert!(text.contains("\"de\"") && text.contains("fr, nl"), "{text}");
-        let none = Asked { route: None, ..asked("fr") };
+        let none = Asked {
+            route: None,
+            ..asked("fr")
+        };
         assert!(error(&[none], [0, 0]).contains("nothing"));
         assert!(error(&[asked("fr"), asked("nl")], [0, 2]).contains("kind"));
     }

@@ -162,7 +162,11 @@ impl ServedTeacher {
         let chosen = *chosen.ok_or_else(|| ServedError::Model {
             url: client.url().to_owned(),
             model: options.model.clone().unwrap_or_default(),
-            known: listed.iter().map(|model| name(model)).collect::<Vec<_>>().join(", "),
+            known: listed
+                .iter()
+                .map(|model| name(model))
+                .collect::<Vec<_>>()
+                .join(", "),
         })?;
         let owner = chosen["owned_by"].as_str().unwrap_or_default().to_owned();
         let size = |value: &Value| value.as_u64().and_then(|n| usize::try_from(n).ok());
@@ -182,7 +186,9 @@ impl ServedTeacher {
         if teacher.kind == Kind::LlamaServer {
             let props = teacher.client.get("/props")?;
             teacher.slots = size(&props["total_slots"]).unwrap_or(1).max(1);
-            teacher.longest = teacher.longest.or_else(|| size(&props["default_generation_settings"]["n_ctx"]));
+            teacher.longest = teacher
+                .longest
+                .or_else(|| size(&props["default_generation_settings"]["n_ctx"]));
         }
         Ok(teacher)
     }
@@ -211,8 +217,13 @@ impl ServedTeacher {
 
     fn score_one(&self, asked: &Asked<'_>, worker: usize) -> Result<SequenceScores, TeacherError> {
         // One token is generated after the text, or stands in for its last.
-        let longest = self.longest.map_or(usize::MAX, |longest| longest.saturating_sub(1));
+        let longest = self
+            .longest
+            .map_or(usize::MAX, |longest| longest.saturating_sub(1));
         asked.check_length(longest, || self.name())?;
+        if labels(asked).next().is_none() {
+            return Ok(Vec::new());
+        }
         let scores = match self.kind {
             Kind::Vllm => vllm::score(self, asked),
             Kind::LlamaServer => llama_server::score(self, asked, worker),
@@ -284,7 +295,9 @@ pub(super) fn in_parallel<T: Send, E: Send>(
                     }
                     let result = job(i, worker);
                     failed.fetch_or(result.is_err(), Ordering::Relaxed);
-                    done.lock().unwrap_or_else(PoisonError::into_inner).push((i, result));
+                    done.lock()
+                        .unwrap_or_else(PoisonError::into_inner)
+                        .push((i, result));
                 }
             });
         }
@@ -298,4 +311,10 @@ pub(super) fn in_parallel<T: Send, E: Send>(
 fn labels<'a>(asked: &Asked<'a>) -> impl Iterator<Item = (usize, u32)> + use<'a> {
     let labels = asked.labels;
     label_places(labels).map(|place| (place, u32::try_from(labels[place]).unwrap_or(0)))
+}
+
+/// The key that a server wants: what `PIPIT_TEACHER_API_KEY` says. It is no option, so that it stands in no list of
+/// processes and in no configuration of a run.
+pub fn api_key_from_environment() -> Option<String> {
+    std::env::var("PIPIT_TEACHER_API_KEY").ok().filter(|key| !key.is_empty())
 }

@@ -18,7 +18,6 @@ use pipit_convert::output::OutputDir;
 use serde::{Deserialize, Serialize};
 
 use super::{Learner, Progress};
-use crate::data::Sample;
 use crate::export::write_tensors;
 use crate::random::mix;
 
@@ -28,7 +27,8 @@ const TENSORS_FILE: &str = "trainer.safetensors";
 const MODEL_FILE: &str = "model.safetensors";
 const PREFIX: &str = "checkpoint-";
 
-type Cause = Box<dyn Error + Send + Sync>;
+/// What went wrong with writing.
+pub type Cause = Box<dyn Error + Send + Sync>;
 
 /// Writes what a run would end with into a folder.
 pub type Export<'a> = &'a dyn Fn(&Path) -> Result<(), Cause>;
@@ -127,15 +127,16 @@ struct State {
     version: String,
 }
 
-/// A number that changes with any token or label of the samples, and with their order.
-pub(super) fn fingerprint(samples: &[Sample]) -> u64 {
-    let one = |sample: &Sample| {
-        let tokens = sample.ids.iter().zip(&sample.labels);
-        tokens.fold(mix(sample.ids.len() as u64), |hash, (id, label)| {
+/// A number that changes with any token or label of the sequences (ids, labels), and with their order.
+pub(crate) fn fingerprint<'a>(sequences: impl IntoIterator<Item = (&'a [u32], &'a [i64])>) -> u64 {
+    let one = |ids: &[u32], labels: &[i64]| {
+        let tokens = ids.iter().zip(labels);
+        tokens.fold(mix(ids.len() as u64), |hash, (id, label)| {
             mix(hash ^ mix(u64::from(*id)) ^ (*label as u64).rotate_left(32))
         })
     };
-    samples.iter().fold(0, |hash, sample| mix(hash ^ one(sample)))
+    let sequences = sequences.into_iter();
+    sequences.fold(0, |hash, (ids, labels)| mix(hash ^ one(ids, labels)))
 }
 
 /// The checkpoints in a run's folder with their steps, oldest first.
@@ -163,7 +164,7 @@ impl Checkpoints<'_> {
     }
 
     /// Saves the state after a step: under another name first, synced, then renamed. Older ones are removed then.
-    pub(super) fn save(
+    pub(crate) fn save(
         &self,
         learner: &Learner<'_>,
         progress: &Progress,
@@ -237,7 +238,7 @@ impl Checkpoints<'_> {
     }
 
     /// The state to begin with: that of the checkpoint to go on from, put into the learner, or that of a new run.
-    pub(super) fn start(&self, learner: &mut Learner<'_>, data: u64) -> Result<Progress, CheckpointError> {
+    pub(crate) fn start(&self, learner: &mut Learner<'_>, data: u64) -> Result<Progress, CheckpointError> {
         let Some(path) = &self.resume_from else {
             return Ok(Progress::default());
         };
@@ -264,7 +265,7 @@ impl Checkpoints<'_> {
     }
 
     /// Puts the weights after a step back.
-    pub(super) fn load_weights(&self, learner: &Learner<'_>, step: usize) -> Result<(), CheckpointError> {
+    pub(crate) fn load_weights(&self, learner: &Learner<'_>, step: usize) -> Result<(), CheckpointError> {
         Files::open(&self.path_of(step))?.weights(learner)
     }
 }

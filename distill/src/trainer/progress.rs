@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::opd::OpdProgress;
+
 /// What a report says; averages are over the steps since the last one.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Metrics {
@@ -63,7 +65,7 @@ pub struct Outcome {
 
 /// Sums over the steps since the last report.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
-pub(super) struct Window {
+pub(crate) struct Window {
     loss_sum: f64,
     trained_tokens: usize,
     tokens: usize,
@@ -93,22 +95,25 @@ pub struct Progress {
     /// Evaluations since then that were not better by the threshold.
     pub early_stopping_patience_counter: usize,
     window: Window,
+    /// What on-policy distillation knows beside it.
+    #[serde(default, skip_serializing_if = "OpdProgress::is_empty")]
+    pub(crate) opd: OpdProgress,
 }
 
 /// What a step came to.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
-pub(super) struct Sums {
+pub(crate) struct Sums {
     /// Σ −log p.
-    pub(super) loss: f64,
+    pub(crate) loss: f64,
     /// Tokens that it is over.
-    pub(super) trained_tokens: usize,
+    pub(crate) trained_tokens: usize,
     /// Tokens that went through the model.
-    pub(super) tokens: usize,
+    pub(crate) tokens: usize,
 }
 
 impl Progress {
     /// Takes up a step.
-    pub(super) fn add(&mut self, step: Sums, epoch: f64, seconds: f64) {
+    pub(crate) fn add(&mut self, step: Sums, epoch: f64, seconds: f64) {
         self.global_step += 1;
         self.epoch = epoch;
         self.tokens += step.tokens;
@@ -120,12 +125,12 @@ impl Progress {
     }
 
     /// Tokens a second so far.
-    pub(super) fn tokens_per_second(&self) -> f64 {
+    pub(crate) fn tokens_per_second(&self) -> f64 {
         self.tokens as f64 / self.seconds.max(1e-9)
     }
 
     /// The report on the steps since the last one.
-    pub(super) fn report(&mut self, learning_rate: f64, grad_norm: f64) -> Metrics {
+    pub(crate) fn report(&mut self, learning_rate: f64, grad_norm: f64) -> Metrics {
         let window = std::mem::take(&mut self.window);
         let loss = window.loss_sum / window.trained_tokens.max(1) as f64;
         self.loss = Some(loss);
@@ -141,9 +146,24 @@ impl Progress {
         }
     }
 
+    /// What came of the run. `eval_loss` is that of the weights that it ends with.
+    pub(crate) fn outcome(&self, eval_loss: Option<f64>, stopped_early: bool) -> Outcome {
+        Outcome {
+            steps: self.global_step,
+            tokens: self.tokens,
+            loss: self.loss.unwrap_or(f64::NAN),
+            eval_loss,
+            best_step: self.best_global_step,
+            best_eval_loss: self.best_metric,
+            stopped_early,
+            seconds: self.seconds,
+            tokens_per_second: self.tokens_per_second(),
+        }
+    }
+
     /// Takes up an evaluation; true when it is the best so far. It resets the patience where it is better than the best
     /// by more than `threshold`, as transformers' `EarlyStoppingCallback` does.
-    pub(super) fn judge(&mut self, eval_loss: f64, threshold: f64) -> bool {
+    pub(crate) fn judge(&mut self, eval_loss: f64, threshold: f64) -> bool {
         let before = self.best_metric;
         self.eval_loss = Some(eval_loss);
         if before.is_none_or(|best| best - eval_loss > threshold) {

@@ -31,8 +31,8 @@ pub struct Step {
     pub ends_epoch: bool,
 }
 
-/// Deals out the steps of a run.
-#[derive(Debug)]
+/// Deals out the steps of a run. A copy of it looks ahead.
+#[derive(Debug, Clone)]
 pub struct Sampler {
     /// Tokens of every sample.
     lengths: Vec<usize>,

@@ -73,6 +73,18 @@ impl Frozen {
         (rows, input, out): (usize, usize, usize),
     ) -> Result<Vec<T>> {
         let mut y = vec![T::zero(); rows * out];
+        self.forward_into(op, x, (rows, input, out), &mut y)?;
+        Ok(y)
+    }
+
+    /// The same into `y`, `[rows, out]`, whose old content is not read.
+    pub(crate) fn forward_into<T: Real>(
+        &self,
+        op: &str,
+        x: &[T],
+        (rows, input, out): (usize, usize, usize),
+        y: &mut [T],
+    ) -> Result<()> {
         self.tiles(op, |first, tile: &[T]| {
             let tile = Mat::new(tile, tile.len() / input, input);
             gemm(
@@ -84,8 +96,7 @@ impl Frozen {
                 tile.t(),
                 Threads::All,
             );
-        })?;
-        Ok(y)
+        })
     }
 
     /// dx = dy·W, `[rows, in]`.

@@ -67,4 +67,8 @@ impl QuantizedRows for MappedRows {
     fn bytes(&self) -> usize {
         self.bytes
     }
+
+    fn release(&self) {
+        self.checkpoint.release(&self.name);
+    }
 }

@@ -33,11 +33,18 @@ enum Failure {
 impl Client {
     /// The address may end in `/v1`, as OpenAI's clients write it.
     pub(super) fn new(url: &str, options: &ServedOptions) -> Result<Self, ServedError> {
-        let base = url.trim_end_matches('/').trim_end_matches("/v1").trim_end_matches('/');
-        let host = base.strip_prefix("http://").or_else(|| base.strip_prefix("https://"));
+        let base = url
+            .trim_end_matches('/')
+            .trim_end_matches("/v1")
+            .trim_end_matches('/');
+        let host = base
+            .strip_prefix("http://")
+            .or_else(|| base.strip_prefix("https://"));
         let host = host.filter(|host| !host.is_empty() && !host.starts_with('/'));
         let host = host.ok_or_else(|| ServedError::Url { url: url.to_owned() })?;
-        let tls = TlsConfig::builder().root_certs(RootCerts::PlatformVerifier).build();
+        let tls = TlsConfig::builder()
+            .root_certs(RootCerts::PlatformVerifier)
+            .build();
         let config = Agent::config_builder()
             .timeout_global(Some(options.timeout))
             .http_status_as_error(false)
@@ -112,22 +119,33 @@ impl Client {
         };
         // What never arrived may arrive the next time: a server that starts, a connection that breaks.
         let mut response = response.map_err(|e| match e {
-            ureq::Error::BadUri(_) | ureq::Error::Http(_) => Failure::Final(ServedError::Url { url: url.clone() }),
+            ureq::Error::BadUri(_) | ureq::Error::Http(_) => {
+                Failure::Final(ServedError::Url { url: url.clone() })
+            }
             e => Failure::Passing(e.to_string(), None),
         })?;
         let status = response.status().as_u16();
-        let after = response.headers().get("retry-after").and_then(|value| value.to_str().ok());
-        let after = after.and_then(|seconds| seconds.parse().ok()).map(Duration::from_secs);
+        let after = response
+            .headers()
+            .get("retry-after")
+            .and_then(|value| value.to_str().ok());
+        let after = after
+            .and_then(|seconds| seconds.parse().ok())
+            .map(Duration::from_secs);
         let bytes = response.body_mut().with_config().limit(MOST_BYTES).read_to_vec();
         let bytes = bytes.map_err(|e| match e {
-            ureq::Error::BodyExceedsLimit(_) => Failure::Final(self.bad(format!("has more than {MOST_BYTES} bytes"))),
+            ureq::Error::BodyExceedsLimit(_) => {
+                Failure::Final(self.bad(format!("has more than {MOST_BYTES} bytes")))
+            }
             e => Failure::Passing(e.to_string(), None),
         })?;
         match status {
-            200..=299 => serde_json::from_slice(&bytes).map_err(|e| Failure::Final(self.bad(format!("is no JSON: {e}")))),
-            408 | 425 | 429 | 500 | 502 | 503 | 504 => {
-                Err(Failure::Passing(format!("status {status}: {}", message(&bytes)), after))
-            }
+            200..=299 => serde_json::from_slice(&bytes)
+                .map_err(|e| Failure::Final(self.bad(format!("is no JSON: {e}")))),
+            408 | 425 | 429 | 500 | 502 | 503 | 504 => Err(Failure::Passing(
+                format!("status {status}: {}", message(&bytes)),
+                after,
+            )),
             _ => Err(Failure::Final(ServedError::Refused {
                 url,
                 status,
@@ -146,7 +164,9 @@ impl Client {
 
 fn is_loopback(host: &str) -> bool {
     let host = host.split('/').next().unwrap_or_default();
-    ["localhost", "127.", "[::1]"].iter().any(|start| host.starts_with(start))
+    ["localhost", "127.", "[::1]"]
+        .iter()
+        .any(|start| host.starts_with(start))
 }
 
 /// What an answer says is wrong: OpenAI's `error.message`, vLLM's older `message`, or its first line.
@@ -154,7 +174,9 @@ fn message(bytes: &[u8]) -> String {
     let text = String::from_utf8_lossy(bytes);
     let json: Option<Value> = serde_json::from_str(&text).ok();
     let said = json.as_ref().and_then(|json| {
-        let message = json["error"]["message"].as_str().or_else(|| json["message"].as_str());
+        let message = json["error"]["message"]
+            .as_str()
+            .or_else(|| json["message"].as_str());
         message.or_else(|| json["detail"].as_str())
     });
     said.unwrap_or_else(|| text.lines().next().unwrap_or_default())

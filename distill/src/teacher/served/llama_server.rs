@@ -39,7 +39,12 @@ fn of_answer(answer: &Value, label: u32, k: usize, vocab_size: usize) -> Result<
     if drawn["id"].as_u64() != Some(u64::from(label)) {
         return Err(format!("is not about token {label}: {}", shortened(drawn)));
     }
-    let logprob = |token: &Value| token["logprob"].as_f64().filter(|x| *x <= 1e-3).map(|x| (x as f32).max(LEAST));
+    let logprob = |token: &Value| {
+        token["logprob"]
+            .as_f64()
+            .filter(|x| *x <= 1e-3)
+            .map(|x| (x as f32).max(LEAST))
+    };
     let tokens = drawn["top_logprobs"].as_array().into_iter().flatten();
     let tokens = tokens.map(|token| Some((u32::try_from(token["id"].as_u64()?).ok()?, logprob(token)?)));
     let tokens: Option<Vec<_>> = tokens.collect();
@@ -74,7 +79,10 @@ mod tests {
         let place = of_answer(&answer(), 260, 3, 49_152).unwrap();
         assert_eq!(place.top, [(253, -0.5), (260, -1.75)]);
         assert_eq!(place.label, -1.75);
-        assert_eq!(of_answer(&answer(), 260, 3, 50_000).unwrap().top[2], (49_152, LEAST));
+        assert_eq!(
+            of_answer(&answer(), 260, 3, 50_000).unwrap().top[2],
+            (49_152, LEAST)
+        );
     }
 
     #[test]
@@ -83,7 +91,11 @@ mod tests {
         assert!(text.contains("token 7"), "{text}");
         let mut other = answer();
         other["completion_probabilities"][0]["top_logprobs"][0]["logprob"] = json!(null);
-        assert!(of_answer(&other, 260, 3, 100).unwrap_err().contains("no log-probabilities"));
+        assert!(
+            of_answer(&other, 260, 3, 100)
+                .unwrap_err()
+                .contains("no log-probabilities")
+        );
         assert!(of_answer(&json!({"error": "x"}), 260, 3, 100).is_err());
     }
 }

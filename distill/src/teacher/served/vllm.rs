@@ -24,13 +24,19 @@ fn places(asked: &Asked<'_>, answer: &Value, k: usize, vocab_size: usize) -> Res
     let places = places.ok_or("has no prompt_logprobs: does the server know them?")?;
     if places.len() != asked.ids.len() {
         let (theirs, ours) = (places.len(), asked.ids.len());
-        return Err(format!("has prompt_logprobs of {theirs} tokens, and the prompt has {ours}"));
+        return Err(format!(
+            "has prompt_logprobs of {theirs} tokens, and the prompt has {ours}"
+        ));
     }
     let place = |(place, label): (usize, u32)| {
-        let tokens = places[place].as_object().ok_or(format!("says nothing of token {place}"))?;
+        let tokens = places[place]
+            .as_object()
+            .ok_or(format!("says nothing of token {place}"))?;
         let label = logprob(tokens, &label.to_string())
             .ok_or(format!("does not tell the probability of token {place}, {label}"))?;
-        let tokens = tokens.keys().filter_map(|id| Some((id.parse().ok()?, logprob(tokens, id)?)));
+        let tokens = tokens
+            .keys()
+            .filter_map(|id| Some((id.parse().ok()?, logprob(tokens, id)?)));
         Ok(Place {
             top: most_probable(tokens.collect(), k, vocab_size),
             label,
@@ -74,7 +80,10 @@ mod tests {
         assert_eq!(scores[1].top, [(3, -2.0), (9, -9999.0)]);
         assert_eq!(scores[1].label, -9999.0);
         // The label beyond the top k is none of them.
-        assert_eq!(places(&ASKED, &answer(), 2, 1000).unwrap()[1].top, [(300, -0.25), (3, -2.0)]);
+        assert_eq!(
+            places(&ASKED, &answer(), 2, 1000).unwrap()[1].top,
+            [(300, -0.25), (3, -2.0)]
+        );
     }
 
     #[test]

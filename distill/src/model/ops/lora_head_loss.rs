@@ -1,25 +1,33 @@
-//! The output layer under an adapter and cross-entropy in one operation, a chunk of rows at a time, as in
-//! [`cross_entropy`](super::cross_entropy()): logits = (hidden·Wᵀ + down·Bᵀ) ∘ factors.
-//!
-//! `down` is what A makes of the hidden states, `factors` are DoRA's, where it is one.
+//! The output layer under an adapter and a loss over its logits in one operation, a chunk of rows at a time, as in
+//! [`head_loss`](super::head_loss): logits = (hidden·Wᵀ + down·Bᵀ) ∘ factors.
 
 use std::sync::Mutex;
 
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, WithDType as _};
 use rayon::prelude::*;
 
-use super::cross_entropy::{Targets, loss_and_gradient};
 use super::frozen::Frozen;
 use super::gemm::{Mat, Threads, gemm};
+use super::head_loss::Criterion;
 use super::linear;
 use super::real::{Real, dtype, elements, for_real, tensor};
 
-const OP: &str = "lora_cross_entropy";
 /// Columns of the factors' gradient that one thread sums.
 const COLUMNS: usize = 4096;
 
-struct LoraCrossEntropy {
-    targets: Targets,
+/// An adapter on an output layer.
+#[derive(Debug, Clone, Copy)]
+pub struct HeadAdapter<'a> {
+    /// What A makes of the hidden states, times the scale, `[rows, r]`.
+    pub down: &'a Tensor,
+    /// B, `[vocabulary, r]`.
+    pub b: &'a Tensor,
+    /// What DoRA multiplies the logits by, `[vocabulary]`.
+    pub factors: Option<&'a Tensor>,
+}
+
+struct LoraHeadLoss<C> {
+    criterion: C,
     weight: Frozen,
     has_factors: bool,
     with_gradient: bool,
@@ -27,31 +35,32 @@ struct LoraCrossEntropy {
     kept: Mutex<Option<[Tensor; 3]>>,
 }
 
-/// The **sum** over the targets of −log softmax((hidden·Wᵀ + down·Bᵀ) ∘ factors)\[token\], a scalar. hidden
-/// `[rows, d]`, a weight `[vocabulary, d]` that stays as it is, down `[rows, r]`, B `[vocabulary, r]`, factors
-/// `[vocabulary]`.
-pub fn lora_cross_entropy(
+/// The loss of (hidden·Wᵀ + down·Bᵀ) ∘ factors, a scalar. hidden `[rows, d]`, a weight `[vocabulary, d]` that stays as
+/// it is.
+pub(super) fn lora_head_loss<C: Criterion>(
     hidden: &Tensor,
     weight: &Frozen,
-    down: &Tensor,
-    lora_b: &Tensor,
-    factors: Option<&Tensor>,
-    targets: Targets,
+    adapter: HeadAdapter<'_>,
+    criterion: C,
 ) -> Result<Tensor> {
     if !hidden.device().is_cpu() {
-        candle_core::bail!("{OP}: an adapter on the output layer is trained on the CPU only");
+        candle_core::bail!(
+            "{}: an adapter on the output layer is trained on the CPU only",
+            C::NAME
+        );
     }
+    let HeadAdapter { down, b, factors } = adapter;
     // An operation of candle has three arguments at most: hidden and down go side by side.
     let x = Tensor::cat(&[hidden, down], 1)?.contiguous()?;
     let none = Tensor::zeros(weight.dims()?[0], x.dtype(), x.device())?;
-    let op = LoraCrossEntropy {
-        targets,
+    let op = LoraHeadLoss {
+        criterion,
         weight: weight.clone(),
         has_factors: factors.is_some(),
-        with_gradient: x.track_op() || lora_b.track_op() || factors.is_some_and(Tensor::track_op),
+        with_gradient: x.track_op() || b.track_op() || factors.is_some_and(Tensor::track_op),
         kept: Mutex::new(None),
     };
-    x.apply_op3(lora_b, factors.unwrap_or(&none), op)
+    x.apply_op3(b, factors.unwrap_or(&none), op)
 }
 
 /// (rows, d, r, vocabulary).
@@ -63,7 +72,7 @@ struct Sums<T> {
     gradients: [Vec<T>; 3],
 }
 
-impl LoraCrossEntropy {
+impl<C: Criterion> LoraHeadLoss<C> {
     fn sizes(&self, x: &[usize], lora_b: &[usize], factors: &[usize]) -> Result<Sizes> {
         let [vocabulary, d] = self.weight.dims()?;
         match (x, lora_b, factors) {
@@ -72,7 +81,10 @@ impl LoraCrossEntropy {
             {
                 Ok((rows, d, r, vocabulary))
             }
-            _ => candle_core::bail!("{OP}: {x:?}, B {lora_b:?}, factors {factors:?} for [{vocabulary}, {d}]"),
+            _ => candle_core::bail!(
+                "{}: {x:?}, B {lora_b:?}, factors {factors:?} for [{vocabulary}, {d}]",
+                C::NAME
+            ),
         }
     }
 
@@ -82,7 +94,7 @@ impl LoraCrossEntropy {
         let length = |length: usize| vec![T::zero(); if self.with_gradient { length } else { 0 }];
         let (mut dx, mut db) = (length(rows * (d + r)), length(vocabulary * r));
         let mut d_factors = length(vocabulary);
-        for chunk in self.targets.rows.chunks(self.targets.chunk.max(1)) {
+        for (first, chunk) in self.criterion.targets().chunks() {
             let count = chunk.len();
             let part = |from: usize, to: usize| -> Vec<T> {
                 chunk
@@ -92,7 +104,7 @@ impl LoraCrossEntropy {
                     .collect()
             };
             let (hidden, down) = (part(0, d), part(d, d + r));
-            let mut logits = self.weight.forward(OP, &hidden, (count, d, vocabulary))?;
+            let mut logits = self.weight.forward(C::NAME, &hidden, (count, d, vocabulary))?;
             let (down_mat, b_mat) = (Mat::new(&down, count, r), Mat::new(b, vocabulary, r));
             gemm(
                 &mut logits,
@@ -114,15 +126,8 @@ impl LoraCrossEntropy {
             } else {
                 Vec::new()
             };
-            let losses: Vec<f64> = logits
-                .par_chunks_mut(vocabulary)
-                .zip(chunk)
-                .map(|(logits, (_, token))| {
-                    scale(logits);
-                    loss_and_gradient(logits, *token as usize)
-                })
-                .collect();
-            loss += losses.iter().sum::<f64>();
+            logits.par_chunks_mut(vocabulary).for_each(scale);
+            loss += self.criterion.compute(first, &mut logits, vocabulary)?;
             if !self.with_gradient {
                 continue;
             }
@@ -143,7 +148,7 @@ impl LoraCrossEntropy {
             logits.par_chunks_mut(vocabulary).for_each(scale);
             let d_logits = Mat::new(&logits, count, vocabulary);
             gemm(&mut db, r, 1.0, 1.0, d_logits.t(), down_mat, Threads::All);
-            let d_hidden = self.weight.backward_x(OP, &logits, (count, d, vocabulary))?;
+            let d_hidden = self.weight.backward_x(C::NAME, &logits, (count, d, vocabulary))?;
             let d_down = linear::backward_x(&logits, b, (count, r, vocabulary));
             for (i, (row, _)) in chunk.iter().enumerate() {
                 let dx = &mut dx[row * (d + r)..][..d + r];
@@ -158,9 +163,9 @@ impl LoraCrossEntropy {
     }
 }
 
-impl CustomOp3 for LoraCrossEntropy {
+impl<C: Criterion> CustomOp3 for LoraHeadLoss<C> {
     fn name(&self) -> &'static str {
-        OP
+        C::NAME
     }
 
     fn cpu_fwd(
@@ -173,14 +178,10 @@ impl CustomOp3 for LoraCrossEntropy {
         factors_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
         let sizes = self.sizes(x_layout.dims(), b_layout.dims(), factors_layout.dims())?;
-        for (row, token) in &self.targets.rows {
-            if *row >= sizes.0 || *token as usize >= sizes.3 {
-                candle_core::bail!("{OP}: row {row} of {}, token {token} of {}", sizes.0, sizes.3);
-            }
-        }
-        for_real!(dtype(x), OP, T => {
-            let (x, b) = (elements::<T>(x, x_layout, OP)?, elements(b, b_layout, OP)?);
-            let sums = self.compute(x, b, elements(factors, factors_layout, OP)?, sizes)?;
+        self.criterion.targets().check(C::NAME, sizes.0, sizes.3)?;
+        for_real!(dtype(x), C::NAME, T => {
+            let (x, b) = (elements::<T>(x, x_layout, C::NAME)?, elements(b, b_layout, C::NAME)?);
+            let sums = self.compute(x, b, elements(factors, factors_layout, C::NAME)?, sizes)?;
             if self.with_gradient {
                 let [dx, db, d_factors] = sums.gradients;
                 let kept = [
@@ -208,7 +209,7 @@ impl CustomOp3 for LoraCrossEntropy {
             .unwrap_or_else(|poisoned| poisoned.into_inner())
             .take();
         let Some([dx, db, d_factors]) = kept else {
-            candle_core::bail!("{OP}: backward twice, or before forward")
+            candle_core::bail!("{}: backward twice, or before forward", C::NAME)
         };
         let grad = grad.to_dtype(candle_core::DType::F64)?.to_scalar::<f64>()?;
         let scaled = |t: Tensor| if grad == 1.0 { Ok(t) } else { t.affine(grad, 0.0) };
@@ -219,8 +220,8 @@ impl CustomOp3 for LoraCrossEntropy {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::ops::cross_entropy;
     use crate::model::ops::gradcheck::{check, random};
+    use crate::model::ops::{Targets, cross_entropy};
 
     fn targets(chunk: usize) -> Targets {
         let rows = vec![(0, 3), (2, 0), (3, 6), (4, 3)];
@@ -234,18 +235,20 @@ mod tests {
         let weight = Frozen::Dense(weight.as_detached_tensor());
         for chunk in [1, 3, 8] {
             check(&[&hidden, &down, &b, &factors], |args| {
-                let loss = lora_cross_entropy(
-                    &args[0],
-                    &weight,
-                    &args[1],
-                    &args[2],
-                    Some(&args[3]),
-                    targets(chunk),
-                )?;
-                loss * 0.7
+                let adapter = HeadAdapter {
+                    down: &args[1],
+                    b: &args[2],
+                    factors: Some(&args[3]),
+                };
+                lora_head_loss(&args[0], &weight, adapter, targets(chunk))? * 0.7
             });
             check(&[&hidden, &down, &b], |args| {
-                lora_cross_entropy(&args[0], &weight, &args[1], &args[2], None, targets(chunk))
+                let adapter = HeadAdapter {
+                    down: &args[1],
+                    b: &args[2],
+                    factors: None,
+                };
+                lora_head_loss(&args[0], &weight, adapter, targets(chunk))
             });
         }
     }
@@ -256,8 +259,12 @@ mod tests {
         let (b, factors) = (random(&[7, 2], 68), random(&[7], 69));
         let down = hidden.matmul(&a.t().unwrap()).unwrap();
         let frozen = Frozen::Dense(weight.as_detached_tensor());
-        let ours =
-            lora_cross_entropy(&hidden, &frozen, &down, &b, Some(factors.as_tensor()), targets(3)).unwrap();
+        let adapter = HeadAdapter {
+            down: &down,
+            b: &b,
+            factors: Some(factors.as_tensor()),
+        };
+        let ours = lora_head_loss(&hidden, &frozen, adapter, targets(3)).unwrap();
         let sum = (weight.as_tensor() + b.matmul(&a).unwrap()).unwrap();
         let merged = sum.broadcast_mul(&factors.unsqueeze(1).unwrap()).unwrap();
         let theirs = cross_entropy(&hidden, &merged, targets(8)).unwrap();

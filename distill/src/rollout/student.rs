@@ -1,0 +1,65 @@
+//! The model that is trained goes on with sequences.
+
+use candle_core::{Result, Tensor};
+
+use super::Decode;
+use crate::batch::Batch;
+use crate::model::{KvCache, Model};
+
+/// A model with the keys and values of its open sequences.
+#[derive(Debug)]
+pub struct Student<'a> {
+    model: &'a Model,
+    cache: KvCache,
+}
+
+impl<'a> Student<'a> {
+    /// Without any open sequence.
+    pub fn new(model: &'a Model) -> Result<Self> {
+        Ok(Self {
+            model,
+            cache: model.cache(0)?,
+        })
+    }
+
+    /// The logits behind the last token of every sequence of a batch.
+    fn last_logits(&self, batch: &Batch, hidden: &Tensor) -> Result<Vec<f32>> {
+        let starts = batch.starts();
+        let last: Vec<u32> = starts.windows(2).map(|w| (w[1] - 1) as u32).collect();
+        let rows = Tensor::from_vec(last, starts.len() - 1, hidden.device())?;
+        let logits = self.model.logits(&hidden.index_select(&rows, 0)?)?;
+        logits.flatten_all()?.to_vec1()
+    }
+}
+
+impl Decode for Student<'_> {
+    type Error = candle_core::Error;
+
+    fn longest(&self) -> usize {
+        self.model.longest()
+    }
+
+    fn vocab_size(&self) -> usize {
+        self.model.config().vocab_size
+    }
+
+    fn open(&mut self, prompts: &[&[u32]], copies: usize) -> Result<Vec<f32>> {
+        let mut cache = self.model.cache(prompts.len())?;
+        let batch = Batch::unlabelled(prompts.iter().copied());
+        let hidden = self.model.hidden_cached(&batch, &mut cache)?;
+        cache.repeat(copies);
+        self.cache.append(cache);
+        self.last_logits(&batch, &hidden)
+    }
+
+    fn retain(&mut self, keep: &[bool]) -> Result<()> {
+        self.cache.retain(keep);
+        Ok(())
+    }
+
+    fn next(&mut self, tokens: &[u32]) -> Result<Vec<f32>> {
+        let batch = Batch::unlabelled(tokens.chunks(1));
+        let hidden = self.model.hidden_cached(&batch, &mut self.cache)?;
+        self.last_logits(&batch, &hidden)
+    }
+}
