@@ -9,6 +9,8 @@
 pub mod deployed;
 pub mod divergence;
 pub mod draft;
+#[cfg(test)]
+mod modes;
 pub mod preflight;
 mod progress;
 pub mod rolls;

@@ -4,6 +4,7 @@
 //! after it, and of several runs side by side.
 
 mod chart;
+mod distillation;
 mod files;
 mod html;
 
@@ -11,6 +12,7 @@ use std::collections::BTreeSet;
 use std::fmt::Write as _;
 
 pub use chart::{Chart, Series};
+use distillation::distillation;
 pub use files::{ReportError, Run};
 use html::{details, escape, table};
 use serde_json::Value;
@@ -19,11 +21,15 @@ const STYLE: &str = include_str!("report/style.css");
 /// Seconds after which a browser loads the report of a run again that is not done.
 const RELOAD_SECONDS: u32 = 15;
 
-/// The measures that a curve is drawn of: the key in `metrics.jsonl`, the title, the unit.
-const CURVES: [(&str, &str, &str); 3] = [
-    ("learning_rate", "Learning rate", ""),
-    ("grad_norm", "Gradient norm, before clipping", ""),
-    ("tokens_per_second", "Speed", "tokens/s"),
+/// The measures that a curve is drawn of: the kind of line in `metrics.jsonl`, the key, the title, the unit.
+const CURVES: [(&str, &str, &str, &str); 7] = [
+    ("train", "learning_rate", "Learning rate", ""),
+    ("train", "grad_norm", "Gradient norm, before clipping", ""),
+    ("train", "tokens_per_second", "Speed", "tokens/s"),
+    ("eval", "acceptance_rate", "1 − TV(teacher, student) on the evaluation data", ""),
+    ("train", "sampled_kl", "log p by the student less that by the teacher", "nats a token"),
+    ("train", "answer_tokens", "Length of the student's answers", "tokens"),
+    ("train", "ended", "Answers that came to an end token", "share"),
 ];
 
 /// The page of one run, or of several to compare. Well-formed XML as well as HTML.
@@ -44,6 +50,7 @@ pub fn page(runs: &[Run]) -> String {
         escape(&title)
     );
     out += &figures(runs);
+    out += &distillation(runs);
     out += &curves(runs);
     for run in runs {
         out += &samples(run, runs.len() > 1);
@@ -138,12 +145,12 @@ fn curves(runs: &[Run]) -> String {
         });
     }
     let mut charts = vec![("Loss", "nats a token", loss)];
-    for (key, title, unit) in CURVES {
+    for (kind, key, title, unit) in CURVES {
         let series = runs.iter().enumerate().map(|(colour, run)| Series {
             name: run.name.clone(),
-            points: points(run, "train", key),
+            points: points(run, kind, key),
             colour,
-            dashed: false,
+            dashed: kind == "eval",
         });
         charts.push((title, unit, series.collect()));
     }

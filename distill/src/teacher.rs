@@ -2,10 +2,10 @@
 
 pub mod cache;
 mod checkpoint;
-mod gguf;
-mod open;
-mod routed;
+pub mod gguf;
+pub mod routed;
 pub mod served;
+mod spec;
 pub mod vocabulary;
 
 use std::ops::Range;
@@ -14,9 +14,7 @@ use std::path::PathBuf;
 use pipit_convert::evaluate::EvaluateError;
 
 pub use checkpoint::{BaseTeacher, CheckpointTeacher};
-pub use gguf::GgufTeacher;
-pub use open::{OpenOptions, Spec, open};
-pub use routed::Routed;
+pub use spec::Spec;
 
 use crate::adapter::AdapterError;
 use crate::data::DataError;
@@ -129,17 +127,13 @@ pub enum TeacherError {
     },
     /// Its tokenizer is not the student's.
     #[error(
-        "the teacher has another tokenizer than the student: {why}\nhint: pipit-distill generate lets it answer, and pipit-distill sft trains on the answers; that needs no common tokenizer"
+        "the teacher {teacher} has another tokenizer than the student {student}: {why}\nhint: pipit-distill generate lets it answer, and pipit-distill sft trains on the answers; that needs no common tokenizer"
     )]
     Tokenizer {
-        /// Where they differ.
-        why: String,
-    },
-    /// Its chat template is not the student's.
-    #[error(
-        "the teacher has another chat template than the student: {why}\nhint: give the student's folder the teacher's chat_template.jinja, or train on rows of `prompt` and `completion`"
-    )]
-    Template {
+        /// The teacher.
+        teacher: String,
+        /// The student.
+        student: String,
         /// Where they differ.
         why: String,
     },

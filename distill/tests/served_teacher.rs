@@ -13,7 +13,8 @@ use std::time::{Duration, Instant};
 use fake_server::{Reply, Request, start};
 use pipit_distill::data::Encoder;
 use pipit_distill::teacher::served::{Draw, Question, ServedOptions, ServedTeacher};
-use pipit_distill::teacher::{Asked, GgufTeacher, Scores, Teacher, TopK};
+use pipit_distill::teacher::gguf::GgufTeacher;
+use pipit_distill::teacher::{Asked, Scores, Teacher, TopK};
 use serde_json::{Map, Value, json};
 
 fn models(owner: &str) -> Reply {

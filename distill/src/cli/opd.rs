@@ -139,7 +139,7 @@ fn opd(asked: Asked, output: Output, stop: &AtomicBool) -> anyhow::Result<()> {
     let config = &settings.training;
     let options = prepared.options(settings);
     let through = prepared.through.take();
-    let mut teacher = teacher::open(settings, &prepared)?;
+    let mut teacher = teacher::open(settings, &prepared, &options)?;
     let plan = plan::of(
         config,
         &prepared.facts(&options, teacher.bytes, through.as_ref()),

@@ -140,12 +140,6 @@ impl Encoder {
         tokens.map(|(token, id)| (id, token)).collect()
     }
 
-    /// The text of a conversation at whose end an answer begins; none where there is no chat template.
-    pub fn render(&self, messages: &[Value]) -> Result<Option<String>, DataError> {
-        let template = self.template.as_ref();
-        template.map(|template| template.render(messages, None, true)).transpose()
-    }
-
     /// The sha256 of the tokenizer: equal for equal ones, however their files are written.
     pub fn tokenizer_sha256(&self) -> Result<String, DataError> {
         let json = self.tokenizer.to_string(false).map_err(|e| self.bad(&e))?;
@@ -156,6 +150,11 @@ impl Encoder {
     pub fn template_sha256(&self) -> String {
         let parts = self.template.iter().flat_map(ChatTemplate::parts);
         sha256(&parts.collect::<Vec<_>>())
+    }
+
+    /// The text of tokens, with special ones.
+    pub fn text(&self, ids: &[u32]) -> Result<String, DataError> {
+        self.tokenizer.decode(ids, false).map_err(|e| self.bad(&e))
     }
 
     fn bad(&self, why: &tokenizers::Error) -> DataError {

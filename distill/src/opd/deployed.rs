@@ -15,7 +15,8 @@ use super::divergence::measure_teacher;
 use super::{Divergence, OpdError, Task};
 use crate::random::Random;
 use crate::rollout::{DecodeError, LlamaCpp, Rollout, RolloutOptions, Stop, rollouts};
-use crate::teacher::{CheckpointTeacher as GgufTeacher, Teacher};
+use crate::teacher::Teacher;
+use crate::teacher::gguf::GgufTeacher;
 use crate::trainer::checkpoint::{Cause, Export};
 
 /// Why the GGUF file of a student cannot be made or run.
@@ -123,7 +124,7 @@ impl Deployed<'_> {
         let bytes = file.path.metadata().map_or(0, |metadata| metadata.len());
         let samples = tasks.iter().filter_map(|task| task.sample.as_ref());
         let longest = samples.map(|sample| sample.ids.len()).max().unwrap_or(0);
-        let mut student = GgufTeacher::open(&file.path, None)?;
+        let mut student = GgufTeacher::open(&file.path, longest)?;
         Ok((measure_teacher(&mut student, teacher, tasks, batch_size)?, bytes))
     }
 }

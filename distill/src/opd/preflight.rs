@@ -1,11 +1,13 @@
 //! What is found out before the first step: everything that would make a distillation learn nothing, or the wrong thing.
 //! Vocabularies and templates are compared where the teacher is opened.
 
+use std::path::Path;
+
 use candle_core::Result as CandleResult;
 
 use super::{Cast, OpdError, OpdOptions, Task};
 use crate::batch::Batch;
-use crate::data::Sample;
+use crate::data::{DataError, Encoder, Row, Sample};
 use crate::loss::{Loss, LossError, log_softmax};
 use crate::model::Mode;
 use crate::teacher::{Asked, LogitRows, Scores};
@@ -14,6 +16,8 @@ use crate::trainer::Learner;
 /// Two scores of the same text may differ by so many nats: far below what a step of training moves, far above what
 /// another order of summation does.
 const REPEATABLE_NATS: f32 = 1e-3;
+/// Tokens of a prompt that an error shows.
+const SHOWN_TOKENS: usize = 12;
 /// Texts that are tried.
 const PROBES: usize = 2;
 /// Tokens of each.
@@ -74,9 +78,65 @@ pub enum PreflightError {
         /// The largest difference.
         nats: f32,
     },
+    /// The teacher expects other prompts.
+    #[error(
+        "line {line}: the chat template of the teacher {teacher} makes other tokens of it than the student's, from token {place} on: {theirs:?} there, {ours:?} here\nhint: a teacher that is asked in a form that it does not know teaches its confusion; give both the same chat_template.jinja, or use pipit-distill generate and sft"
+    )]
+    Template {
+        /// The line.
+        line: usize,
+        /// The teacher.
+        teacher: String,
+        /// The first token that differs.
+        place: usize,
+        /// The teacher's text from there on.
+        theirs: String,
+        /// The student's text from there on.
+        ours: String,
+    },
+    /// A row cannot be rendered.
+    #[error(transparent)]
+    Data(#[from] DataError),
     /// A text cannot be tried.
     #[error(transparent)]
     Opd(#[from] OpdError),
+}
+
+/// Refuses a teacher whose chat template makes other prompts of rows than the student's. A teacher without a template
+/// expects none.
+pub fn check_template(
+    student: &Encoder,
+    (teacher, name): (&Encoder, &str),
+    path: &Path,
+    rows: &[Row],
+) -> Result<(), PreflightError> {
+    for row in rows {
+        let theirs = match teacher.prompt(path, row) {
+            Ok(Some(prompt)) => prompt.ids,
+            Ok(None) => continue,
+            Err(DataError::NoTemplate { .. }) => {
+                tracing::warn!("{name} has no chat template: it is asked in the student's");
+                return Ok(());
+            }
+            Err(error) => return Err(error.into()),
+        };
+        let Some(ours) = student.prompt(path, row)?.map(|prompt| prompt.ids) else {
+            continue;
+        };
+        if ours == theirs {
+            continue;
+        }
+        let place = ours.iter().zip(&theirs).take_while(|(a, b)| a == b).count();
+        let text = |ids: &[u32]| student.text(&ids[place..ids.len().min(place + SHOWN_TOKENS)]);
+        return Err(PreflightError::Template {
+            line: row.line,
+            teacher: name.to_owned(),
+            place,
+            theirs: text(&theirs)?,
+            ours: text(&ours)?,
+        });
+    }
+    Ok(())
 }
 
 /// Refuses what cannot work, before anything is trained.

@@ -3,10 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use serde_json::json;
-
 use super::TeacherError;
-use super::served::ServedTeacher;
 use crate::data::{DataError, Encoder};
 
 /// Texts on which tokenizers differ that have the same tokens: blanks, digits, accents, other scripts, signs, code.
@@ -21,54 +18,22 @@ pub const PROBES: [&str; 6] = [
 
 /// Refuses a teacher with another tokenizer. Tokens that only the teacher has are no harm: its logits are cut to those
 /// that the student has.
-pub fn check_vocabulary(student: &Encoder, teacher: &Encoder) -> Result<(), TeacherError> {
+pub fn check_tokenizer(
+    (student, student_name): (&Encoder, &str),
+    (teacher, teacher_name): (&Encoder, &str),
+) -> Result<(), TeacherError> {
     let why = match first_difference(&student.vocabulary(), &teacher.vocabulary()) {
         Some(why) => Some(why),
         None => probe(student, |text| teacher.ids(text, false).map(Some))?,
     };
-    why.map_or(Ok(()), |why| Err(TeacherError::Tokenizer { why }))
-}
-
-/// Refuses a served teacher with another tokenizer, where the server says what it makes of a text.
-pub fn check_served(student: &Encoder, teacher: &ServedTeacher) -> Result<(), TeacherError> {
-    let why = probe(student, |text| teacher.tokens(text).map_err(TeacherError::from))?;
-    why.map_or(Ok(()), |why| Err(TeacherError::Tokenizer { why }))
-}
-
-/// Refuses a teacher that knows conversations in another form: what the student's template writes would be strange to
-/// it, and its scores those of a strange text.
-pub fn check_template(student: &Encoder, teacher: &Encoder) -> Result<(), TeacherError> {
-    let user = |text: &str| json!({"role": "user", "content": text});
-    let plain = vec![user("Hello."), json!({"role": "assistant", "content": "Hi!"}), user("Is it 7 o'clock?")];
-    let mut with_system = vec![json!({"role": "system", "content": "Answer briefly."})];
-    with_system.extend(plain.clone());
-    let different = |ours: &str, theirs: &str| {
-        let common = ours.chars().zip(theirs.chars()).take_while(|(a, b)| a == b).count();
-        let rest = |text: &str| text.chars().skip(common.saturating_sub(10)).take(40).collect::<String>();
-        TeacherError::Template {
-            why: format!("it writes {:?} where the student's writes {:?}", rest(theirs), rest(ours)),
-        }
-    };
-    // Some templates refuse a system message: then it is enough that both do.
-    for messages in [plain, with_system] {
-        match (student.render(&messages), teacher.render(&messages)) {
-            (Ok(None), _) | (Err(_), Err(_)) => {}
-            (Ok(Some(ours)), Ok(Some(theirs))) if ours == theirs => {}
-            (Ok(Some(ours)), Ok(Some(theirs))) => return Err(different(&ours, &theirs)),
-            (Ok(Some(_)), Ok(None)) => {
-                return Err(TeacherError::Template {
-                    why: "it has none".into(),
-                });
-            }
-            (Ok(Some(_)), Err(why)) => return Err(TeacherError::Template { why: why.to_string() }),
-            (Err(_), Ok(_)) => {
-                return Err(TeacherError::Template {
-                    why: "it takes a system message, and the student's takes none".into(),
-                });
-            }
-        }
+    match why {
+        None => Ok(()),
+        Some(why) => Err(TeacherError::Tokenizer {
+            teacher: teacher_name.to_owned(),
+            student: student_name.to_owned(),
+            why,
+        }),
     }
-    Ok(())
 }
 
 /// A text that becomes other tokens in a teacher than in the student, where there is one. `theirs` tokenises without
@@ -99,9 +64,7 @@ mod tests {
     use super::*;
 
     fn tokens(tokens: &[&str]) -> BTreeMap<u32, String> {
-        (0..)
-            .zip(tokens.iter().map(|token| (*token).to_owned()))
-            .collect()
+        (0..).zip(tokens.iter().map(|token| (*token).to_owned())).collect()
     }
 
     #[test]

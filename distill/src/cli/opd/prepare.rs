@@ -14,10 +14,13 @@ use crate::cli::Output;
 use crate::cli::options::OpdSettings;
 use crate::cli::plan::Facts;
 use crate::cli::sft::{self, LOSS_CHUNK, Opened, SAMPLE_TOKENS, SAMPLES, languages, train_options};
-use crate::data::{DataReport, Encoder, Prompt, Row, Rows, Sample, read_rows, read_rows as read_prompts};
+use crate::data::{DataReport, Encoder, Prompt, Row, Rows, Sample, read_prompts, read_rows};
 use crate::evaluate::{Answer, answers};
 use crate::opd::{OpdOptions, Task, Through};
 use crate::rollout::{RolloutOptions, Stop};
+
+/// Rows that templates are compared on.
+const PROBES: usize = 8;
 
 /// The student and the data.
 pub(super) struct Prepared {
@@ -35,6 +38,8 @@ pub(super) struct Prepared {
     pub(super) recipe: Option<Recipe>,
     /// The student's quantised weights.
     pub(super) through: Option<Through>,
+    /// Some of the rows, to compare what templates make of them.
+    pub(super) probes: Vec<Row>,
 }
 
 pub(super) fn prepare(
@@ -92,6 +97,7 @@ pub(super) fn prepare(
         base: Base::read(&config.model).with_context(|| format!("cannot read {}", config.model.display()))?,
         recipe,
         through,
+        probes: rows.rows.iter().flatten().take(PROBES).cloned().collect(),
     })
 }
 
@@ -163,6 +169,14 @@ impl Reader<'_> {
 }
 
 impl Prepared {
+    /// The most tokens that a text can have.
+    pub(super) fn longest(&self, options: &OpdOptions) -> usize {
+        let drawn = self.tasks.iter().map(|task| task.prompt.len() + options.max_new_tokens).max();
+        let samples = self.tasks.iter().chain(&self.eval_tasks).filter_map(|task| task.sample.as_ref());
+        let given = samples.map(|sample| sample.ids.len()).max();
+        drawn.max(given).unwrap_or(0).min(self.student.model.longest())
+    }
+
     /// How to distil.
     pub(super) fn options(&self, settings: &OpdSettings) -> OpdOptions {
         let own = &settings.distillation;

@@ -1,50 +1,203 @@
-//! The teacher of a distillation, and whether it and the student speak of the same tokens.
+//! The teacher of a distillation, and whether it and the student mean the same by their tokens.
 
 use std::path::Path;
 
+use anyhow::Context as _;
+use pipit_convert::gguf::Gguf;
+
 use super::prepare::Prepared;
+use crate::cli::UsageError;
 use crate::cli::options::OpdSettings;
 use crate::data::Encoder;
-use crate::teacher::{BaseTeacher, CheckpointTeacher, Teacher};
+use crate::opd::OpdOptions;
+use crate::opd::preflight::check_template;
+use crate::teacher::cache::{Binding, Cached};
+use crate::teacher::gguf::GgufTeacher;
+use crate::teacher::routed::Routed;
+use crate::teacher::served::{ServedOptions, ServedTeacher};
+use crate::teacher::vocabulary::{check_tokenizer, probe};
+use crate::teacher::{BaseTeacher, CheckpointTeacher, Teacher, TeacherError};
 
 /// `--teacher base`.
 const BASE: &str = "base";
+/// Where the key of a server is looked up: it does not stand in a file that is shown.
+const API_KEY: &str = "PIPIT_TEACHER_API_KEY";
 
 /// A teacher that is ready.
 pub(super) struct Opened<'a> {
     pub(super) teacher: Box<dyn Teacher + 'a>,
     /// What its weights take, where they are here.
     pub(super) bytes: u64,
-    /// The time of a token of the student in those of one of the teacher.
+    /// The time of a token of the student in those of one of the teacher, where that is known.
     pub(super) draft_cost: Option<f64>,
 }
 
-/// Opens the teacher that is asked for.
-pub(super) fn open<'a>(settings: &OpdSettings, prepared: &'a Prepared) -> anyhow::Result<Opened<'a>> {
+/// Opens the teacher or the teachers that are asked for.
+pub(super) fn open<'a>(
+    settings: &OpdSettings,
+    prepared: &'a Prepared,
+    options: &OpdOptions,
+) -> anyhow::Result<Opened<'a>> {
     let own = &settings.distillation;
-    let student = &prepared.student;
-    // Decoding reads every weight once for a token: its time goes with their number.
-    let cost = |parameters: usize| Some(student.model.parameters() as f64 / parameters.max(1) as f64);
-    let given = Some(own.draft_cost).filter(|cost| *cost > 0.0);
+    let opener = Opener {
+        settings,
+        prepared,
+        longest: prepared.longest(options),
+    };
+    let cached = !own.teacher_cache.as_os_str().is_empty();
     if own.teacher == BASE && own.through.is_empty() {
+        if cached {
+            let usage = "--teacher-cache cannot be used with --teacher base: its scores are as near as the student";
+            anyhow::bail!(UsageError::Usage(usage.into()));
+        }
+        let teacher = BaseTeacher::new(&prepared.student.model).context("--teacher base")?;
         return Ok(Opened {
-            teacher: Box::new(BaseTeacher::new(&student.model)?),
+            teacher: Box::new(teacher),
             bytes: 0,
-            draft_cost: given.or(cost(student.model.parameters())),
+            draft_cost: opener.cost(prepared.student.model.parameters()),
         });
     }
-    // The base of a student that computes through quantised weights is no longer what it was: it is opened anew.
-    let path = match own.teacher.as_str() {
-        BASE => settings.training.model.as_path(),
-        path => Path::new(path),
+    let mut opened = if own.teachers.0.is_empty() {
+        opener.open(&own.teacher)?
+    } else {
+        let (mut routed, mut bytes) = (Vec::new(), 0);
+        for (route, spec) in &own.teachers.0 {
+            let opened = opener.open(spec)?;
+            bytes += opened.bytes;
+            routed.push((route.clone(), opened.teacher));
+        }
+        Here {
+            teacher: Box::new(Routed::new(routed)?),
+            bytes,
+            parameters: None,
+        }
     };
-    let adapter = Some(own.teacher_adapter.as_path()).filter(|path| !path.as_os_str().is_empty());
-    let teacher = CheckpointTeacher::open(path, adapter)?;
-    let model = teacher.model();
-    let _ = Encoder::open(path, model.config().vocab_size)?;
+    if cached {
+        opened.teacher = opener.cached(opened.teacher)?;
+    }
+    let given = Some(own.draft_cost).filter(|cost| *cost > 0.0);
     Ok(Opened {
-        bytes: 4 * model.parameters() as u64,
-        draft_cost: given.or(cost(model.parameters())),
-        teacher: Box::new(teacher),
+        bytes: opened.bytes,
+        draft_cost: given.or(opened.parameters.and_then(|parameters| opener.cost(parameters))),
+        teacher: opened.teacher,
     })
+}
+
+/// A teacher with what is known of its size.
+struct Here {
+    teacher: Box<dyn Teacher>,
+    bytes: u64,
+    parameters: Option<usize>,
+}
+
+struct Opener<'a> {
+    settings: &'a OpdSettings,
+    prepared: &'a Prepared,
+    /// The most tokens of a text.
+    longest: usize,
+}
+
+impl Opener<'_> {
+    /// The time of a token of the student in those of a teacher of so many parameters: decoding reads every weight once
+    /// for a token.
+    fn cost(&self, parameters: usize) -> Option<f64> {
+        let student = self.prepared.student.model.parameters();
+        (parameters > 0).then(|| student as f64 / parameters as f64)
+    }
+
+    fn open(&self, spec: &str) -> anyhow::Result<Here> {
+        if spec.starts_with("http://") || spec.starts_with("https://") {
+            return self.served(spec);
+        }
+        // The base of a student that computes through quantised weights is no longer what it was: it is opened anew.
+        let path = match spec {
+            BASE => self.settings.training.model.as_path(),
+            path => Path::new(path),
+        };
+        let opened = match path.is_file() {
+            true => self.gguf(path)?,
+            false => self.checkpoint(path)?,
+        };
+        let theirs = Encoder::open(path, opened.teacher.vocab_size())?;
+        let (student, name) = (&self.prepared.student.encoder, opened.teacher.name());
+        let model = &self.settings.training.model;
+        check_tokenizer((student, &model.to_string_lossy()), (&theirs, &name))?;
+        check_template(student, (&theirs, &name), &self.settings.training.data, &self.prepared.probes)?;
+        Ok(opened)
+    }
+
+    fn checkpoint(&self, path: &Path) -> anyhow::Result<Here> {
+        let adapter = self.settings.distillation.teacher_adapter.as_path();
+        let adapter = Some(adapter).filter(|path| !path.as_os_str().is_empty());
+        let teacher = CheckpointTeacher::open(path, adapter)?;
+        let model = teacher.model();
+        let dense = model.weights().map(|weight| 4 * weight.get(crate::model::Mode::INFERENCE).elem_count());
+        let quantized = model.quantized().map(|rows| rows.bytes());
+        Ok(Here {
+            bytes: dense.chain(quantized).sum::<usize>() as u64,
+            parameters: Some(model.parameters()),
+            teacher: Box::new(teacher),
+        })
+    }
+
+    fn gguf(&self, path: &Path) -> anyhow::Result<Here> {
+        if !self.settings.distillation.teacher_adapter.as_os_str().is_empty() {
+            let usage = "--teacher-adapter is for a checkpoint; pipit-convert merges it into a GGUF file";
+            anyhow::bail!(UsageError::Usage(usage.into()));
+        }
+        let file = Gguf::open(path)?;
+        let elements = |dimensions: &[u64]| dimensions.iter().product::<u64>() as usize;
+        let tensors = file.tensors().iter().map(|tensor| elements(&tensor.dimensions));
+        Ok(Here {
+            bytes: path.metadata()?.len(),
+            parameters: Some(tensors.sum()),
+            teacher: Box::new(GgufTeacher::open(path, self.longest)?),
+        })
+    }
+
+    fn served(&self, url: &str) -> anyhow::Result<Here> {
+        let own = &self.settings.distillation;
+        let options = ServedOptions {
+            top_k: own.teacher_top_k,
+            vocab_size: self.prepared.student.model.config().vocab_size,
+            model: Some(own.teacher_model.clone()).filter(|name| !name.is_empty()),
+            concurrency: own.teacher_requests,
+            api_key: std::env::var(API_KEY).ok(),
+            ..ServedOptions::default()
+        };
+        let teacher = ServedTeacher::connect(url, options)?;
+        let why = probe(&self.prepared.student.encoder, |text| {
+            teacher.tokens(text).map_err(TeacherError::from)
+        })?;
+        if let Some(why) = why {
+            return Err(TeacherError::Tokenizer {
+                teacher: teacher.name(),
+                student: self.settings.training.model.display().to_string(),
+                why,
+            }
+            .into());
+        }
+        Ok(Here {
+            teacher: Box::new(teacher),
+            bytes: 0,
+            parameters: None,
+        })
+    }
+
+    fn cached(&self, teacher: Box<dyn Teacher>) -> anyhow::Result<Box<dyn Teacher>> {
+        let own = &self.settings.distillation;
+        let encoder = &self.prepared.student.encoder;
+        let adapter = own.teacher_adapter.display();
+        let binding = Binding {
+            teacher: match own.teacher_adapter.as_os_str().is_empty() {
+                true => teacher.name(),
+                false => format!("{} with {adapter}", teacher.name()),
+            },
+            tokenizer_sha256: encoder.tokenizer_sha256()?,
+            template_sha256: encoder.template_sha256(),
+            vocab_size: self.prepared.student.model.config().vocab_size,
+            top_k: own.teacher_top_k,
+        };
+        Ok(Box::new(Cached::open(&own.teacher_cache, teacher, &binding)?))
+    }
 }

@@ -96,8 +96,10 @@ options! {
     mut_arg("packing", |arg| arg.hide(true))
 )]
 pub struct OpdGiven {
+    /// Those of any training.
     #[command(flatten)]
     pub training: SftOptions,
+    /// Those beside it.
     #[command(flatten)]
     pub distillation: DistillationOptions,
 }

@@ -1,9 +1,6 @@
 //! A teacher as it is named on a command line: a checkpoint folder, a GGUF file, or the address of a server.
 
-use std::path::{Path, PathBuf};
-
-use super::served::{ServedOptions, ServedTeacher};
-use super::{CheckpointTeacher, GgufTeacher, Teacher, TeacherError};
+use std::path::PathBuf;
 
 /// Where a teacher is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -31,39 +28,6 @@ impl Spec {
             false => Self::Checkpoint(path),
         }
     }
-
-    /// The folder or file, where it is one.
-    pub fn path(&self) -> Option<&Path> {
-        match self {
-            Self::Checkpoint(path) | Self::Gguf(path) => Some(path),
-            Self::Served(_) => None,
-        }
-    }
-}
-
-/// What opening a teacher needs to know.
-#[derive(Debug, Clone)]
-pub struct OpenOptions {
-    /// An adapter over a checkpoint.
-    pub adapter: Option<PathBuf>,
-    /// The most tokens of a sequence.
-    pub longest: usize,
-    /// How a server is asked.
-    pub served: ServedOptions,
-}
-
-/// Opens a teacher.
-pub fn open(spec: &Spec, options: &OpenOptions) -> Result<Box<dyn Teacher>, TeacherError> {
-    if let (Some(adapter), false) = (&options.adapter, matches!(spec, Spec::Checkpoint(_))) {
-        return Err(TeacherError::AdapterHere {
-            adapter: adapter.clone(),
-        });
-    }
-    Ok(match spec {
-        Spec::Checkpoint(path) => Box::new(CheckpointTeacher::open(path, options.adapter.as_deref())?),
-        Spec::Gguf(path) => Box::new(GgufTeacher::open(path, options.longest)?),
-        Spec::Served(url) => Box::new(ServedTeacher::connect(url, options.served.clone())?),
-    })
 }
 
 #[cfg(test)]
