@@ -205,7 +205,9 @@ pub fn write_vocabulary(path: &Path, dir: &Path) -> Result<(), ImportError> {
     let gguf = Gguf::open(path)?;
     let vocab = Vocab::from_gguf(&gguf)?;
     let arch = gguf.string("general.architecture")?;
-    let context = gguf.get(&format!("{arch}.context_length")).and_then(Value::as_u64);
+    let context = gguf
+        .get(&format!("{arch}.context_length"))
+        .and_then(Value::as_u64);
     let mut files = vocab.to_folder(context.unwrap_or(0));
     let generation = crate::vocab::pretty(&Json::Object(generation_config(&vocab)));
     files.push(("generation_config.json".to_owned(), generation));

@@ -6,9 +6,9 @@ mod teller;
 use std::path::PathBuf;
 
 pub use journal::Journal;
-pub use teller::{Open, Told, open};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
+pub use teller::{Open, Told, open};
 
 use crate::data::{Content, DataError, Row};
 use crate::model::ModelError;
@@ -182,19 +182,29 @@ pub fn answered(row: &Row, place: Place, teacher: &str, told: &Told) -> Map<Stri
 
 /// The turns before the last answer.
 pub fn before_answer(messages: &[Value]) -> &[Value] {
-    let last = messages.iter().rposition(|message| message["role"] == "assistant");
+    let last = messages
+        .iter()
+        .rposition(|message| message["role"] == "assistant");
     &messages[..last.unwrap_or(messages.len())]
 }
 
 /// What becomes of what a teacher told.
-pub fn outcome(row: &Row, place: Place, teacher: &str, told: Result<Told, String>, keep_cut: bool) -> Outcome {
+pub fn outcome(
+    row: &Row,
+    place: Place,
+    teacher: &str,
+    told: Result<Told, String>,
+    keep_cut: bool,
+) -> Outcome {
     let rejected = |why: &str, answer| Outcome::Rejected {
         why: why.to_owned(),
         answer,
     };
     match told {
         Err(why) => rejected(&why, None),
-        Ok(told) if told.text.trim().is_empty() && told.tool_calls.is_none() => rejected("an empty answer", None),
+        Ok(told) if told.text.trim().is_empty() && told.tool_calls.is_none() => {
+            rejected("an empty answer", None)
+        }
         Ok(told) if !told.finished && !keep_cut => rejected("cut at --max-new-tokens", Some(told.text)),
         Ok(told) => Outcome::Row(answered(row, place, teacher, &told)),
     }

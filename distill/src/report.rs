@@ -26,9 +26,24 @@ const CURVES: [(&str, &str, &str, &str); 7] = [
     ("train", "learning_rate", "Learning rate", ""),
     ("train", "grad_norm", "Gradient norm, before clipping", ""),
     ("train", "tokens_per_second", "Speed", "tokens/s"),
-    ("eval", "acceptance_rate", "1 − TV(teacher, student) on the evaluation data", ""),
-    ("train", "sampled_kl", "log p by the student less that by the teacher", "nats a token"),
-    ("train", "answer_tokens", "Length of the student's answers", "tokens"),
+    (
+        "eval",
+        "acceptance_rate",
+        "1 − TV(teacher, student) on the evaluation data",
+        "",
+    ),
+    (
+        "train",
+        "sampled_kl",
+        "log p by the student less that by the teacher",
+        "nats a token",
+    ),
+    (
+        "train",
+        "answer_tokens",
+        "Length of the student's answers",
+        "tokens",
+    ),
     ("train", "ended", "Answers that came to an end token", "share"),
 ];
 

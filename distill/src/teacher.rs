@@ -202,7 +202,7 @@ pub enum TeacherError {
     },
     /// Several teachers answer differently.
     #[error(
-        "the teachers give scores of more than one kind: all logits, the top k, or single tokens\nhint: --teacher-top-k brings all logits down to the top k"
+        "the teachers give scores of more than one kind: all logits, the top k, or single tokens\nhint: take either servers only, or files and checkpoints only"
     )]
     MixedScores,
 }

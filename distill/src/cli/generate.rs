@@ -108,7 +108,9 @@ fn check(args: &Args) -> anyhow::Result<()> {
         }
     }
     if args.num_generations > 1 && args.temperature == 0.0 {
-        return usage("--num-generations needs a --temperature above 0: without, all answers are the same".into());
+        return usage(
+            "--num-generations needs a --temperature above 0: without, all answers are the same".into(),
+        );
     }
     if args.output.exists() {
         anyhow::bail!(
@@ -172,12 +174,20 @@ fn generate(args: &Args, output: Output, stop: &AtomicBool) -> anyhow::Result<()
     let at_once = (args.batch_size.max(args.teacher_requests) * BATCHES).div_ceil(settings.num_generations);
     for part in open.chunks(at_once) {
         if stop.load(Ordering::Relaxed) {
-            anyhow::bail!("interrupted after {done} of {} prompts\nhint: the same arguments go on", all.len());
+            anyhow::bail!(
+                "interrupted after {done} of {} prompts\nhint: the same arguments go on",
+                all.len()
+            );
         }
         let answers = teacher.answers(&args.prompts, part, &settings, args.batch_size)?;
-        let jobs = part.iter().flat_map(|row| places(row).map(move |place| (*row, place)));
+        let jobs = part
+            .iter()
+            .flat_map(|row| places(row).map(move |place| (*row, place)));
         let outcomes = jobs.zip(answers).map(|((row, place), told)| {
-            (place, outcome(row, place, &settings.teacher, told, settings.keep_cut))
+            (
+                place,
+                outcome(row, place, &settings.teacher, told, settings.keep_cut),
+            )
         });
         journal.add(outcomes.collect())?;
         done += part.len();
@@ -192,9 +202,10 @@ fn generate(args: &Args, output: Output, stop: &AtomicBool) -> anyhow::Result<()
 
 fn content_length(row: &Row) -> usize {
     match &row.content {
-        crate::data::Content::Messages(messages) => {
-            messages.iter().map(|message| message["content"].as_str().map_or(0, str::len)).sum()
-        }
+        crate::data::Content::Messages(messages) => messages
+            .iter()
+            .map(|message| message["content"].as_str().map_or(0, str::len))
+            .sum(),
         crate::data::Content::Completion { prompt, .. } => prompt.len(),
         crate::data::Content::Text(text) => text.len(),
     }
@@ -204,7 +215,11 @@ fn warn(args: &Args, rows: &Rows, output: Output) {
     let report = DataReport {
         rows: rows.rows.len(),
         beyond_limit: rows.beyond_limit,
-        broken: rows.rows.iter().filter_map(|row| row.as_ref().err().cloned()).collect(),
+        broken: rows
+            .rows
+            .iter()
+            .filter_map(|row| row.as_ref().err().cloned())
+            .collect(),
         ..DataReport::default()
     };
     output.warn(&args.prompts, &report);
@@ -221,7 +236,9 @@ fn take_broken(journal: &mut Journal, rows: &Rows) -> Result<(), GenerateError> 
         let why = why.clone();
         (place, Outcome::Rejected { why, answer: None })
     });
-    let new: Vec<_> = broken.filter(|(place, _)| !journal.done().contains_key(place)).collect();
+    let new: Vec<_> = broken
+        .filter(|(place, _)| !journal.done().contains_key(place))
+        .collect();
     match new.is_empty() {
         true => Ok(()),
         false => journal.add(new),
@@ -252,7 +269,11 @@ fn report(args: &Args, journal: Journal, output: Output) -> anyhow::Result<()> {
     }
     println!("{}: {answers} answers of {}", args.output.display(), args.teacher);
     if let Some(why) = rejected.first() {
-        println!("{}: {} without one, the first for: {why}", rejected_path.display(), rejected.len());
+        println!(
+            "{}: {} without one, the first for: {why}",
+            rejected_path.display(),
+            rejected.len()
+        );
     }
     Ok(())
 }

@@ -45,14 +45,22 @@ impl Journal {
             path: path.clone(),
             source,
         };
-        let file = OpenOptions::new().read(true).append(true).create(true).open(&path).map_err(failed)?;
+        let file = OpenOptions::new()
+            .read(true)
+            .append(true)
+            .create(true)
+            .open(&path)
+            .map_err(failed)?;
         // Where the file system has no locks, nobody is kept out.
         if let Err(std::fs::TryLockError::WouldBlock) = file.try_lock() {
             return Err(GenerateError::Busy { path });
         }
         let bytes = std::fs::read(&path).map_err(failed)?;
         // A line that was being written when the process was killed is none.
-        let whole = bytes.iter().rposition(|byte| *byte == b'\n').map_or(0, |at| at + 1);
+        let whole = bytes
+            .iter()
+            .rposition(|byte| *byte == b'\n')
+            .map_or(0, |at| at + 1);
         let mut journal = Self {
             done: BTreeMap::new(),
             path: path.clone(),
@@ -68,8 +76,11 @@ impl Journal {
             path: path.clone(),
             why,
         };
-        let mut lines = bytes[..whole].split(|byte| *byte == b'\n').filter(|line| !line.is_empty());
-        let found: Value = serde_json::from_slice(lines.next().unwrap_or_default()).map_err(|e| no(e.to_string()))?;
+        let mut lines = bytes[..whole]
+            .split(|byte| *byte == b'\n')
+            .filter(|line| !line.is_empty());
+        let found: Value =
+            serde_json::from_slice(lines.next().unwrap_or_default()).map_err(|e| no(e.to_string()))?;
         for (key, value) in wanted.as_object().into_iter().flatten() {
             if found[key] != *value {
                 return Err(GenerateError::Settings {
@@ -110,7 +121,9 @@ impl Journal {
 
     fn append(&mut self, lines: &[String]) -> Result<(), GenerateError> {
         let written = self.file.write_all(lines.concat().as_bytes());
-        written.and_then(|()| self.file.sync_data()).map_err(|e| self.failed(e))
+        written
+            .and_then(|()| self.file.sync_data())
+            .map_err(|e| self.failed(e))
     }
 
     fn failed(&self, source: io::Error) -> GenerateError {
@@ -197,9 +210,15 @@ mod tests {
         let bytes = std::fs::read(&partial).unwrap();
         std::fs::write(&partial, [&bytes[..], b"{\"line\":5,\"gen"].concat()).unwrap();
         let mut journal = Journal::open(&killed, &settings()).unwrap();
-        assert_eq!(journal.done().keys().map(|place| place.line).collect::<Vec<_>>(), [3, 4]);
+        assert_eq!(
+            journal.done().keys().map(|place| place.line).collect::<Vec<_>>(),
+            [3, 4]
+        );
         journal.add(vec![outcome(5), outcome(2), outcome(1)]).unwrap();
-        assert!(matches!(Journal::open(&killed, &settings()), Err(GenerateError::Busy { .. })));
+        assert!(matches!(
+            Journal::open(&killed, &settings()),
+            Err(GenerateError::Busy { .. })
+        ));
         journal.finish(&killed).unwrap();
         assert!(!partial.exists());
         let read = |path: &Path| std::fs::read_to_string(path).unwrap();
@@ -220,8 +239,14 @@ mod tests {
             ..settings()
         };
         let error = Journal::open(&output, &other).unwrap_err().to_string();
-        assert!(error.contains("`temperature` is 0.1 there and 0.7 here"), "{error}");
+        assert!(
+            error.contains("`temperature` is 0.1 there and 0.7 here"),
+            "{error}"
+        );
         std::fs::write(Journal::path_for(&output), "a thesis\n").unwrap();
-        assert!(matches!(Journal::open(&output, &settings()), Err(GenerateError::NoJournal { .. })));
+        assert!(matches!(
+            Journal::open(&output, &settings()),
+            Err(GenerateError::NoJournal { .. })
+        ));
     }
 }

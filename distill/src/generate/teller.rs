@@ -86,7 +86,14 @@ impl Open {
         match self {
             Self::Checkpoint(model, encoder) => {
                 let decoder = Student::new(model)?;
-                decoded(decoder, encoder, model.longest(), (prompts, rows), settings, width)
+                decoded(
+                    decoder,
+                    encoder,
+                    model.longest(),
+                    (prompts, rows),
+                    settings,
+                    width,
+                )
             }
             Self::Gguf(model, encoder, path) => {
                 let failed = |source| GenerateError::LlamaCpp {
@@ -105,7 +112,12 @@ impl Open {
 }
 
 /// The tokens that the longest prompt and its answer take.
-fn longest(encoder: &Encoder, prompts: &Path, rows: &[&Row], settings: &Settings) -> Result<usize, GenerateError> {
+fn longest(
+    encoder: &Encoder,
+    prompts: &Path,
+    rows: &[&Row],
+    settings: &Settings,
+) -> Result<usize, GenerateError> {
     let mut longest = 0;
     for row in rows {
         let prompt = encoder.prompt(prompts, row)?;
@@ -163,16 +175,22 @@ where
     // The prompt of each row, or why it has none.
     let mut prompts: Vec<Result<Vec<u32>, String>> = Vec::with_capacity(rows.len());
     for row in rows {
-        let ids = encoder.prompt(path, row)?.map(|prompt| prompt.ids).unwrap_or_default();
+        let ids = encoder
+            .prompt(path, row)?
+            .map(|prompt| prompt.ids)
+            .unwrap_or_default();
         prompts.push(match ids.len() {
             0 => Err("an empty prompt".into()),
-            tokens if tokens >= longest => {
-                Err(format!("the prompt has {tokens} tokens, and the teacher takes {longest} with the answer"))
-            }
+            tokens if tokens >= longest => Err(format!(
+                "the prompt has {tokens} tokens, and the teacher takes {longest} with the answer"
+            )),
             _ => Ok(ids),
         });
     }
-    let asked = prompts.iter().zip(rows).filter_map(|(prompt, row)| Some((prompt.as_deref().ok()?, row.line)));
+    let asked = prompts
+        .iter()
+        .zip(rows)
+        .filter_map(|(prompt, row)| Some((prompt.as_deref().ok()?, row.line)));
     let (ids, lines): (Vec<&[u32]>, Vec<usize>) = asked.unzip();
     let generations = settings.num_generations;
     let mut streams: Vec<_> = lines
@@ -190,10 +208,11 @@ where
     };
     let mut drawn = rollouts(&mut decoder, &ids, &options, &stop, &mut streams)?.into_iter();
     let mut answers = Vec::with_capacity(rows.len() * generations);
-    for prompt in &prompts {
+    for (prompt, row) in prompts.iter().zip(rows) {
+        let goes_on = !matches!(row.content, Content::Messages(_));
         for _ in 0..generations {
             answers.push(match (prompt, prompt.as_ref().ok().and_then(|_| drawn.next())) {
-                (Ok(prompt), Some(rollout)) => Ok(told(encoder, prompt, rollout)?),
+                (Ok(prompt), Some(rollout)) => Ok(told(encoder, prompt, rollout, goes_on)?),
                 (Ok(_), None) => Err("the teacher gave no answer".into()),
                 (Err(why), _) => Err(why.clone()),
             });
@@ -202,14 +221,23 @@ where
     Ok(answers)
 }
 
-/// The text that an answer adds to its prompt: some tokenizers write a blank between tokens that neither of them has.
-fn told(encoder: &Encoder, prompt: &[u32], mut rollout: Rollout) -> Result<Told, GenerateError> {
+/// The text of an answer. One that goes on with a text is what it adds to that: some tokenizers write a blank between
+/// tokens that neither of them has, and none at the beginning.
+fn told(
+    encoder: &Encoder,
+    prompt: &[u32],
+    mut rollout: Rollout,
+    goes_on: bool,
+) -> Result<Told, GenerateError> {
     let finished = rollout.ids.pop_if(|last| encoder.eos().contains(last)).is_some();
-    let before = encoder.decode(prompt)?;
-    let whole = encoder.decode(&[prompt, &rollout.ids].concat())?;
-    let text = match whole.strip_prefix(&before) {
-        Some(text) => text.to_owned(),
-        None => encoder.decode(&rollout.ids)?,
+    let alone = encoder.decode(&rollout.ids)?;
+    let text = match goes_on {
+        false => alone,
+        true => {
+            let whole = encoder.decode(&[prompt, &rollout.ids].concat())?;
+            let added = whole.strip_prefix(&encoder.decode(prompt)?).map(str::to_owned);
+            added.unwrap_or(alone)
+        }
     };
     Ok(Told {
         text,

@@ -18,8 +18,14 @@ fn log_softmax(logits: impl Fn(usize) -> f64) -> Vec<f64> {
 
 /// Two humps, at 10 and 30, the second one a little higher.
 fn teacher() -> Vec<f64> {
-    let (left, right) = (log_softmax(hump(10.0, 1.5f64.ln())), log_softmax(hump(30.0, 1.5f64.ln())));
-    left.iter().zip(&right).map(|(l, r)| (0.45 * l.exp() + 0.55 * r.exp()).ln()).collect()
+    let (left, right) = (
+        log_softmax(hump(10.0, 1.5f64.ln())),
+        log_softmax(hump(30.0, 1.5f64.ln())),
+    );
+    left.iter()
+        .zip(&right)
+        .map(|(l, r)| (0.45 * l.exp() + 0.55 * r.exp()).ln())
+        .collect()
 }
 
 /// The mean and the width that descent comes to from a wide hump in the middle.

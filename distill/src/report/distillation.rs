@@ -25,7 +25,8 @@ pub(super) fn distillation(runs: &[Run]) -> String {
     if runs.iter().all(|run| config(run, "on_policy_fraction").is_none()) {
         return String::new();
     }
-    let summary = |run: &Run, part: &str, key: &str| -> Option<f64> { run.summary.as_ref()?[part][key].as_f64() };
+    let summary =
+        |run: &Run, part: &str, key: &str| -> Option<f64> { run.summary.as_ref()?[part][key].as_f64() };
     let last = |run: &Run, key: &str| {
         let lines = run.metrics.iter().filter(|line: &&Value| line["kind"] == "eval");
         lines.filter_map(|line| line[key].as_f64()).next_back()
@@ -35,7 +36,9 @@ pub(super) fn distillation(runs: &[Run]) -> String {
             config(run, "teacher").or_else(|| config(run, "teachers"))
         }),
         row("loss", runs, |run| config(run, "loss")),
-        row("on-policy fraction", runs, |run| config(run, "on_policy_fraction")),
+        row("on-policy fraction", runs, |run| {
+            config(run, "on_policy_fraction")
+        }),
         row("through", runs, |run| config(run, "through")),
     ];
     for (key, name) in FIGURES {
@@ -55,7 +58,9 @@ pub(super) fn distillation(runs: &[Run]) -> String {
     rows.push(row("draft: time of a token, of the teacher's", runs, |run| {
         summary(run, "draft", "cost").map(number)
     }));
-    rows.push(row("draft: tokens at a time", runs, |run| whole(run, "draft_tokens")));
+    rows.push(row("draft: tokens at a time", runs, |run| {
+        whole(run, "draft_tokens")
+    }));
     rows.push(row("draft: expected speed-up of the teacher", runs, |run| {
         summary(run, "draft", "speed_up").map(number)
     }));

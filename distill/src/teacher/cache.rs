@@ -406,12 +406,12 @@ mod tests {
         (Cached::open(dir, teacher, &binding()).unwrap(), asked)
     }
 
-    const LONG: Asked<'_> = Asked {
+    const LONG: Asked<'static> = Asked {
         ids: &[3, 1, 2, 0, 3],
         labels: &[-100, 1, 2, -100, 3],
         route: None,
     };
-    const SHORT: Asked<'_> = Asked {
+    const SHORT: Asked<'static> = Asked {
         ids: &[2, 3],
         labels: &[2, 3],
         route: None,

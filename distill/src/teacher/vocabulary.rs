@@ -64,7 +64,9 @@ mod tests {
     use super::*;
 
     fn tokens(tokens: &[&str]) -> BTreeMap<u32, String> {
-        (0..).zip(tokens.iter().map(|token| (*token).to_owned())).collect()
+        (0..)
+            .zip(tokens.iter().map(|token| (*token).to_owned()))
+            .collect()
     }
 
     #[test]

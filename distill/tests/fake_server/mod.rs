@@ -82,5 +82,9 @@ fn read(reader: &mut impl BufRead) -> Option<Request> {
     let mut body = vec![0; length];
     reader.read_exact(&mut body).ok()?;
     let body = serde_json::from_slice(&body).unwrap_or(Value::Null);
-    Some(Request { line, authorization, body })
+    Some(Request {
+        line,
+        authorization,
+        body,
+    })
 }

@@ -171,8 +171,16 @@ impl Reader<'_> {
 impl Prepared {
     /// The most tokens that a text can have.
     pub(super) fn longest(&self, options: &OpdOptions) -> usize {
-        let drawn = self.tasks.iter().map(|task| task.prompt.len() + options.max_new_tokens).max();
-        let samples = self.tasks.iter().chain(&self.eval_tasks).filter_map(|task| task.sample.as_ref());
+        let drawn = self
+            .tasks
+            .iter()
+            .map(|task| task.prompt.len() + options.max_new_tokens)
+            .max();
+        let samples = self
+            .tasks
+            .iter()
+            .chain(&self.eval_tasks)
+            .filter_map(|task| task.sample.as_ref());
         let given = samples.map(|sample| sample.ids.len()).max();
         drawn.max(given).unwrap_or(0).min(self.student.model.longest())
     }

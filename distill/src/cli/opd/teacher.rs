@@ -47,7 +47,8 @@ pub(super) fn open<'a>(
     let cached = !own.teacher_cache.as_os_str().is_empty();
     if own.teacher == BASE && own.through.is_empty() {
         if cached {
-            let usage = "--teacher-cache cannot be used with --teacher base: its scores are as near as the student";
+            let usage =
+                "--teacher-cache cannot be used with --teacher base: its scores are as near as the student";
             anyhow::bail!(UsageError::Usage(usage.into()));
         }
         let teacher = BaseTeacher::new(&prepared.student.model).context("--teacher base")?;
@@ -122,7 +123,12 @@ impl Opener<'_> {
         let (student, name) = (&self.prepared.student.encoder, opened.teacher.name());
         let model = &self.settings.training.model;
         check_tokenizer((student, &model.to_string_lossy()), (&theirs, &name))?;
-        check_template(student, (&theirs, &name), &self.settings.training.data, &self.prepared.probes)?;
+        check_template(
+            student,
+            (&theirs, &name),
+            &self.settings.training.data,
+            &self.prepared.probes,
+        )?;
         Ok(opened)
     }
 
@@ -131,7 +137,9 @@ impl Opener<'_> {
         let adapter = Some(adapter).filter(|path| !path.as_os_str().is_empty());
         let teacher = CheckpointTeacher::open(path, adapter)?;
         let model = teacher.model();
-        let dense = model.weights().map(|weight| 4 * weight.get(crate::model::Mode::INFERENCE).elem_count());
+        let dense = model
+            .weights()
+            .map(|weight| 4 * weight.get(crate::model::Mode::INFERENCE).elem_count());
         let quantized = model.quantized().map(|rows| rows.bytes());
         Ok(Here {
             bytes: dense.chain(quantized).sum::<usize>() as u64,
