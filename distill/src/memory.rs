@@ -38,6 +38,8 @@ pub struct Sizes {
     pub recompute: bool,
     /// Whether several forward passes make one step: their gradients are added.
     pub accumulation: bool,
+    /// Numbers of gradients that exist at a time where weights move as soon as they can; none where all wait.
+    pub at_once: Option<u64>,
     /// Rows of the output layer that are computed at a time.
     pub loss_chunk: usize,
 }
@@ -81,6 +83,7 @@ impl Sizes {
         let per_row = of_blocks + 2 * self.hidden;
         let trained = self.trained_weights + self.adapters;
         let copies = if self.accumulation { 2 } else { 1 };
+        let gradients = self.at_once.unwrap_or(trained * copies);
         let embedding = (self.vocabulary * self.hidden) as u64;
         let logits = (self.loss_chunk.min(self.rows) * self.vocabulary) as u64;
         // The gradients that flow between two layers, and those by the last hidden states.
@@ -92,7 +95,7 @@ impl Sizes {
             weights_bytes: self.weights,
             adapters_bytes: F32 * self.adapters,
             teacher_bytes: self.teacher,
-            gradients_bytes: F32 * trained * copies,
+            gradients_bytes: F32 * gradients,
             optimizer_bytes: F32 * trained * 2,
             activations_bytes: F32 * rows * per_row as u64,
             working_bytes: F32 * logits.max(flowing).max(adding),
@@ -191,6 +194,15 @@ mod tests {
         };
         let kept = 30 * 576 + 10_368 + 112 + 1152;
         assert_eq!(recomputed.plan(0, 0).activations_bytes, 4 * 512 * kept);
+        let at_once = Sizes {
+            at_once: Some(5),
+            ..lora
+        }
+        .plan(0, 0);
+        assert_eq!(
+            (at_once.gradients_bytes, at_once.optimizer_bytes),
+            (20, plan.optimizer_bytes)
+        );
         let summed = Sizes {
             accumulation: true,
             ..lora

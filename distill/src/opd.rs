@@ -181,6 +181,9 @@ pub fn distil(
         // Σ over all tokens of the step, divided once: accumulation equals the large batch.
         let mut sums = Sums::default();
         let mut seen: Vec<Text> = Vec::new();
+        let mut grad_norm = 0.0;
+        // Quantised weights are taken off again before the real ones move.
+        let at_once = learner.moves_at_once(step.passes.len()) && cast.through.is_none();
         for (i, (pass, on_policy)) in step
             .passes
             .iter()
@@ -204,11 +207,20 @@ pub fn distil(
                 ..Mode::default()
             };
             let mut measures = None;
-            sums.loss += learner.accumulate(&batch, mode, |hidden| {
+            let loss_of = |hidden: &_| {
                 let (loss, of_batch) = student.distillation_loss(hidden, &batch, taught, objective, mode)?;
                 measures = Some(of_batch);
                 Ok(loss)
-            })?;
+            };
+            sums.loss += match at_once {
+                true => {
+                    let count = batch.trained_tokens().max(1);
+                    let stepped = learner.step(&batch, mode, count, learning_rate, loss_of)?;
+                    grad_norm = stepped.norm;
+                    stepped.loss
+                }
+                false => learner.accumulate(&batch, mode, loss_of)?,
+            };
             sums.trained_tokens += batch.trained_tokens();
             sums.tokens += batch.tokens();
             progress.opd.window.add(&texts, cast.eos, measures.as_ref());
@@ -217,7 +229,13 @@ pub fn distil(
         if let Some(through) = &mut cast.through {
             through.take_off()?;
         }
-        let gradients = learner.gradients(sums.trained_tokens.max(1))?;
+        let gradients = match at_once {
+            true => None,
+            false => Some(learner.gradients(sums.trained_tokens.max(1))?),
+        };
+        if let Some(gradients) = &gradients {
+            grad_norm = gradients.norm;
+        }
         let loss = sums.loss / sums.trained_tokens.max(1) as f64;
         let number = progress.global_step + 1;
         let mut not_finite = |what: &str, value: f64| TrainError::NotFinite {
@@ -227,14 +245,14 @@ pub fn distil(
             learning_rate,
             samples: mem::take(&mut seen).into_iter().map(Text::sample).collect(),
         };
-        for (what, value) in [("the loss", loss), ("the gradient's norm", gradients.norm)] {
+        for (what, value) in [("the loss", loss), ("the gradient's norm", grad_norm)] {
             if !value.is_finite() {
                 return Err(not_finite(what, value).into());
             }
         }
-        learner.update(&gradients, learning_rate)?;
-        let grad_norm = gradients.norm;
-        drop(gradients);
+        if let Some(gradients) = gradients {
+            learner.update(&gradients, learning_rate)?;
+        }
         let last = number == train.steps;
         let logs = last || number.is_multiple_of(train.logging_steps.max(1));
         let evaluates = (last || train.eval.is_due(number, step.ends_epoch)) && !eval_tasks.is_empty();

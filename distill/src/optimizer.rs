@@ -8,6 +8,8 @@ use candle_core::{CpuStorage, InplaceOp2, Layout, Result, Tensor, Var, WithDType
 use rayon::prelude::*;
 pub use schedule::Schedule;
 
+use crate::model::ops::with_elements;
+
 const CHUNK: usize = 16 * 1024;
 
 /// The constants of AdamW, <https://arxiv.org/abs/1711.05101>.
@@ -107,18 +109,32 @@ impl AdamW {
         if gradients.len() != self.slots.len() {
             candle_core::bail!("{} gradients for {} variables", gradients.len(), self.slots.len());
         }
-        self.steps += 1;
-        for (slot, gradient) in self.slots.iter().zip(gradients) {
-            let update = Update {
-                slot,
-                options: self.options,
-                steps: self.steps,
-                learning_rate,
-                scale,
-            };
-            slot.var.inplace_op2(&gradient.contiguous()?, &update)?;
+        self.begin_step();
+        for (i, gradient) in gradients.iter().enumerate() {
+            self.move_one(i, gradient, learning_rate, scale)?;
         }
         Ok(())
+    }
+
+    /// Begins a step in which every variable moves once, by [`move_one`](Self::move_one).
+    pub fn begin_step(&mut self) {
+        self.steps += 1;
+    }
+
+    /// Moves variable `i` in the step that has begun.
+    ///
+    /// # Panics
+    /// When there are not so many variables.
+    pub fn move_one(&mut self, i: usize, gradient: &Tensor, learning_rate: f64, scale: f64) -> Result<()> {
+        let slot = &self.slots[i];
+        let update = Update {
+            slot,
+            options: self.options,
+            steps: self.steps,
+            learning_rate,
+            scale,
+        };
+        slot.var.inplace_op2(&gradient.contiguous()?, &update)
     }
 }
 
@@ -192,17 +208,21 @@ impl InplaceOp2 for Update<'_> {
 pub fn global_norm(gradients: &[Tensor]) -> Result<f64> {
     let mut sum = 0.0;
     for gradient in gradients {
-        let gradient = gradient.contiguous()?;
-        sum += crate::model::ops::with_elements::<f32, _>(&gradient, "norm", |values| {
-            // In order, whatever the threads: the same seed gives the same bits.
-            let parts: Vec<f64> = values
-                .par_chunks(CHUNK)
-                .map(|part| part.iter().map(|g| f64::from(*g) * f64::from(*g)).sum())
-                .collect();
-            Ok(parts.iter().sum::<f64>())
-        })?;
+        sum += square_sum(gradient)?;
     }
     Ok(sum.sqrt())
+}
+
+/// Σg² of one gradient.
+pub(crate) fn square_sum(gradient: &Tensor) -> Result<f64> {
+    with_elements::<f32, _>(&gradient.contiguous()?, "norm", |values| {
+        // In order, whatever the threads: the same seed gives the same bits.
+        let parts: Vec<f64> = values
+            .par_chunks(CHUNK)
+            .map(|part| part.iter().map(|g| f64::from(*g) * f64::from(*g)).sum())
+            .collect();
+        Ok(parts.iter().sum::<f64>())
+    })
 }
 
 /// What clipping to `max_norm` multiplies gradients of this norm by; torch's `clip_grad_norm_`.

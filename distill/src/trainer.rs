@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 pub use checkpoint::{CheckpointError, Checkpoints};
-pub use learner::{Gradients, Learner, LearnerOptions};
+pub use learner::{Gradients, Learner, LearnerOptions, unreached, Stepped};
 pub(crate) use progress::Sums;
 pub use progress::{Event, Metrics, Outcome, Progress};
 pub use sampler::{Sampler, Sampling, Step};
@@ -221,6 +221,8 @@ pub fn train(
 
         // Σ over all tokens of the step, divided once: accumulation equals the large batch.
         let mut sums = Sums::default();
+        let mut grad_norm = 0.0;
+        let at_once = learner.moves_at_once(step.passes.len());
         for (i, pass) in step.passes.iter().enumerate() {
             let batch = batch_of(pass.iter().map(|sample| &samples[*sample]));
             let mode = Mode {
@@ -228,13 +230,25 @@ pub fn train(
                 dropout_seed: Some(dropout_seed(options.sampling.seed, progress.global_step, i)),
                 ..Mode::INFERENCE
             };
-            sums.loss += learner.accumulate(&batch, mode, |hidden| {
-                model.loss_of_hidden(hidden, &batch, mode, options.loss_chunk)
-            })?;
+            let loss_of = |hidden: &_| model.loss_of_hidden(hidden, &batch, mode, options.loss_chunk);
+            sums.loss += match at_once {
+                true => {
+                    let stepped = learner.step(&batch, mode, batch.trained_tokens(), learning_rate, loss_of)?;
+                    grad_norm = stepped.norm;
+                    stepped.loss
+                }
+                false => learner.accumulate(&batch, mode, loss_of)?,
+            };
             sums.trained_tokens += batch.trained_tokens();
             sums.tokens += batch.tokens();
         }
-        let gradients = learner.gradients(sums.trained_tokens)?;
+        let gradients = match at_once {
+            true => None,
+            false => Some(learner.gradients(sums.trained_tokens)?),
+        };
+        if let Some(gradients) = &gradients {
+            grad_norm = gradients.norm;
+        }
         let loss = sums.loss / sums.trained_tokens as f64;
         let number = progress.global_step + 1;
         let not_finite = |what: &str, value: f64| TrainError::NotFinite {
@@ -249,14 +263,14 @@ pub fn train(
                 .map(|sample| samples[*sample].clone())
                 .collect(),
         };
-        for (what, value) in [("the loss", loss), ("the gradient's norm", gradients.norm)] {
+        for (what, value) in [("the loss", loss), ("the gradient's norm", grad_norm)] {
             if !value.is_finite() {
                 return Err(not_finite(what, value));
             }
         }
-        learner.update(&gradients, learning_rate)?;
-        let grad_norm = gradients.norm;
-        drop(gradients);
+        if let Some(gradients) = gradients {
+            learner.update(&gradients, learning_rate)?;
+        }
         let last = number == options.steps;
         let is_due = |when: When| when.is_due(number, step.ends_epoch);
         let logs = last || number.is_multiple_of(options.logging_steps.max(1));

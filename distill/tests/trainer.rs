@@ -161,6 +161,98 @@ fn recomputed_activations_give_the_same_bits() {
     }
 }
 
+/// Three steps without clipping: losses, norms, and the weights they lead to.
+fn steps(model: &Model, recompute: bool, at_once: bool) -> (Vec<[u64; 2]>, Vec<Vec<f32>>) {
+    let options = LearnerOptions {
+        gradient_checkpointing: recompute,
+        max_grad_norm: 0.0,
+        ..OPTIONS
+    };
+    let mut learner = Learner::new(model, options);
+    assert!(learner.moves_at_once(1) && !learner.moves_at_once(2));
+    let batch = batch(&sequences(5));
+    let mode = Mode {
+        gradient: true,
+        dropout_seed: Some(11),
+        ..Mode::INFERENCE
+    };
+    let count = batch.trained_tokens();
+    let figures = (0..3).map(|_| {
+        let loss_of = |hidden: &_| model.loss_of_hidden(hidden, &batch, mode, 7);
+        let (loss, norm) = if at_once {
+            let stepped = learner.step(&batch, mode, count, 1e-2, loss_of).unwrap();
+            (stepped.loss, stepped.norm)
+        } else {
+            let loss = learner.accumulate(&batch, mode, loss_of).unwrap();
+            let gradients = learner.gradients(count).unwrap();
+            learner.update(&gradients, 1e-2).unwrap();
+            (loss, gradients.norm)
+        };
+        [loss.to_bits(), norm.to_bits()]
+    });
+    let figures = figures.collect();
+    let weights = model.trained().into_iter().map(|(_, var)| {
+        let values = var.as_detached_tensor().flatten_all().unwrap();
+        values.to_vec1().unwrap()
+    });
+    (figures, weights.collect())
+}
+
+#[test]
+fn weights_that_move_at_once_move_by_the_same_bits() {
+    let adapters = |names: &[&str]| {
+        let mut kept = stored_adapters();
+        kept.retain(|(name, _)| names.contains(&name.as_str()));
+        kept
+    };
+    let models = || {
+        let mut models = adapters(&[
+            "modules-to-save",
+            "prefix-projection",
+            "prompt",
+            "embeddings-dora",
+        ]);
+        for name in ["tiny-tied", "tiny-untied", "tiny-gemma3", "tiny-qwen2"] {
+            models.push((name.to_owned(), open(name, true)));
+        }
+        models.push((
+            "DoRA with dropout".into(),
+            adapted("tiny-untied", "all-linear", 0.3),
+        ));
+        models
+    };
+    let plain: Vec<_> = models()
+        .iter()
+        .map(|(_, model)| steps(model, false, false))
+        .collect();
+    for recompute in [false, true] {
+        for ((name, model), plain) in models().iter().zip(&plain) {
+            let ours = steps(model, recompute, true);
+            assert_eq!(ours.0, plain.0, "{name}");
+            assert!(ours.1 == plain.1, "{name}: the weights differ");
+        }
+    }
+}
+
+#[test]
+fn a_loss_that_is_not_finite_moves_nothing() {
+    let model = open("tiny-tied", true);
+    let options = LearnerOptions {
+        max_grad_norm: 0.0,
+        ..OPTIONS
+    };
+    let batch = batch(&sequences(2));
+    let mode = Mode {
+        gradient: true,
+        ..Mode::INFERENCE
+    };
+    let mut learner = Learner::new(&model, options);
+    let loss_of = |hidden: &_| model.loss_of_hidden(hidden, &batch, mode, 7)? * f64::NAN;
+    let stepped = learner.step(&batch, mode, 3, 1e-2, loss_of).unwrap();
+    assert!(stepped.loss.is_nan() && stepped.norm.is_nan());
+    assert_eq!(learner.not_finite().unwrap(), None);
+}
+
 #[test]
 fn accumulation_equals_the_large_batch_however_it_is_cut() {
     let all = sequences(8);

@@ -74,6 +74,8 @@ pub(super) struct Facts<'a> {
     pub(super) eval_report: Option<&'a DataReport>,
     /// What a teacher takes beside the model.
     pub(super) teacher_bytes: u64,
+    /// Whether weights may move before the step ends, where nothing else keeps them.
+    pub(super) at_once: bool,
 }
 
 /// The plan of a run that is ready to start.
@@ -155,8 +157,21 @@ fn sizes(
         rows: work.largest_pass_tokens + work.largest_pass_rows * virtual_rows,
         recompute: options.learner.gradient_checkpointing,
         accumulation: options.sampling.gradient_accumulation_steps > 1,
+        at_once: (facts.at_once && options.learner.moves_at_once(options.sampling.gradient_accumulation_steps))
+            .then(|| waiting(model)),
         loss_chunk: options.loss_chunk,
     }
+}
+
+/// The gradients that exist together where weights move at once: of what is in no block, and of the largest block.
+fn waiting(model: &Model) -> u64 {
+    let trained = model.trained().into_iter().map(|(_, var)| var.elem_count() as u64);
+    let of_block = |i: usize| -> u64 {
+        let vars = model.block_parameters(i).filter_map(|parameter| parameter.var());
+        vars.map(|var| var.elem_count() as u64).sum()
+    };
+    let blocks: Vec<u64> = (0..model.blocks()).map(of_block).collect();
+    trained.sum::<u64>() - blocks.iter().sum::<u64>() + blocks.into_iter().max().unwrap_or(0)
 }
 
 /// The numbers that the blocks keep for each row until the backward pass: the results of linear layers (once more with

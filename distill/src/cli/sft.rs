@@ -347,6 +347,7 @@ impl Prepared {
             report: &self.report,
             eval_report: self.eval_report.as_ref(),
             teacher_bytes: 0,
+            at_once: true,
         }
     }
 

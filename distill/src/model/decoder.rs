@@ -14,7 +14,7 @@ use super::parts::QkvBias;
 use super::qwen3::Qwen3Block;
 use super::source::Source;
 use super::{
-    Architecture, Config, Embedding, Head, KvCache, Linear, Mode, ModelError, Parameter, QuantizedRows,
+    Architecture, Config, Embedding, Head, KvCache, Linear, Lora, Mode, ModelError, Parameter, QuantizedRows,
     VirtualTokens, Weight,
 };
 use crate::batch::{Batch, positions};
@@ -213,14 +213,17 @@ impl Model {
         })
     }
 
-    /// Gives back the memory that reading block `i`'s matrices took, where they are read from a file.
-    pub fn release(&self, i: usize) {
-        let matrices = self.layers[i].linears();
-        for linear in matrices {
-            if let Some(rows) = linear.weight.quantized() {
-                rows.release();
-            }
-        }
+    /// Everything of block `i` that is numbers in memory, its adapters too.
+    pub(crate) fn block_parameters(&self, i: usize) -> impl Iterator<Item = &Parameter> {
+        let layer = &self.layers[i];
+        let adapters = layer
+            .linears()
+            .into_iter()
+            .filter_map(|linear| linear.lora.as_ref());
+        layer
+            .parameters()
+            .into_iter()
+            .chain(adapters.flat_map(Lora::parameters))
     }
 
     /// The last norm, of the batch's tokens only, `[rows, hidden_size]` → `[tokens, hidden_size]`.

@@ -16,8 +16,8 @@ pub enum Keep {
     Trained,
     /// f32, frozen.
     Frozen,
-    /// Matrices are read from the checkpoint's file in their own type when they are needed; norms and biases are f32.
-    /// All are frozen.
+    /// Matrices are read from the checkpoint's file in their own type when they are needed, and the memory that this takes
+    /// is given back at once; norms and biases are f32. All are frozen.
     Mapped,
     /// The blocks' linear layers in NF4, which is QLoRA's base. Embedding and output layer are read from the
     /// checkpoint's file in their own type when they are needed; norms and biases are f32. All are frozen.
@@ -83,7 +83,7 @@ impl<'a> Loader<'a> {
             }
             (Source::File(_), _) | (_, Keep::Mapped | Keep::Nf4 { .. }) => {
                 self.check_shape(&name, &shape)?;
-                Ok(Weight::Quantized(self.source.rows(&name)?))
+                Ok(Weight::Quantized(self.source.rows(&name, self.keep == Keep::Mapped)?))
             }
         }
     }

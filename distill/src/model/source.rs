@@ -77,15 +77,16 @@ impl Source {
         }
     }
 
-    /// A matrix as it stands on disk, to be read row by row; all its numbers are finite.
-    pub(crate) fn rows(&self, name: &str) -> Result<Arc<dyn QuantizedRows>, ModelError> {
+    /// A matrix as it stands on disk, to be read row by row; all its numbers are finite. Whether it gives back the memory
+    /// that reading takes is the folder's to say; a GGUF file does not.
+    pub(crate) fn rows(&self, name: &str, gives_back: bool) -> Result<Arc<dyn QuantizedRows>, ModelError> {
         let no_matrix = || ModelError::NoMatrix {
             path: self.path().to_path_buf(),
             tensor: name.to_owned(),
         };
         match self {
             Self::Folder(checkpoint) => {
-                let rows = MappedRows::new(checkpoint, name)?.ok_or_else(no_matrix)?;
+                let rows = MappedRows::new(checkpoint, name, gives_back)?.ok_or_else(no_matrix)?;
                 if !rows.is_finite() {
                     return Err(self.not_finite(name));
                 }

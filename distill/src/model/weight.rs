@@ -19,8 +19,8 @@ pub trait QuantizedRows: Debug + Send + Sync {
     fn dequantize(&self, rows: Range<usize>, out: &mut [f32]);
     /// Bytes that the matrix takes.
     fn bytes(&self) -> usize;
-    /// Gives back the memory that reading took, where the matrix can be read again.
-    fn release(&self) {}
+    /// A part was read and is no longer needed: what is seldom read from a file may give its memory back.
+    fn used(&self) {}
 }
 
 /// A matrix `[out, in]`.

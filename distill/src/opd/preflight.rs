@@ -11,7 +11,7 @@ use crate::data::{DataError, Encoder, Row, Sample};
 use crate::loss::{Loss, LossError, log_softmax};
 use crate::model::Mode;
 use crate::teacher::{Asked, LogitRows, Scores};
-use crate::trainer::Learner;
+use crate::trainer::{TrainError, unreached};
 
 /// Two scores of the same text may differ by so many nats: far below what a step of training moves, far above what
 /// another order of summation does.
@@ -256,7 +256,7 @@ fn difference(first: &Scores, second: &Scores) -> CandleResult<f32> {
 
 /// One backward pass, which nothing comes of: every trained tensor must get a gradient.
 fn reaches_all(
-    cast: &mut Cast<'_>,
+    cast: &Cast<'_>,
     probes: &[Sample],
     scores: Scores,
     options: &OpdOptions,
@@ -266,14 +266,17 @@ fn reaches_all(
         gradient: true,
         ..Mode::default()
     };
-    let mut learner = Learner::new(cast.student, options.train.learner);
-    learner.accumulate(&batch, mode, |hidden| {
+    let missed = unreached(cast.student, &batch, mode, |hidden| {
         let taught = scores.into();
         let (loss, _) = cast
             .student
             .distillation_loss(hidden, &batch, taught, &options.objective, mode)?;
         Ok(loss)
     })?;
-    learner.gradients(batch.trained_tokens().max(1))?;
-    Ok(())
+    match missed {
+        None => Ok(()),
+        Some(tensor) => Err(OpdError::Train(TrainError::NoGradient {
+            tensor: tensor.to_owned(),
+        })),
+    }
 }

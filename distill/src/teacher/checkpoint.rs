@@ -12,8 +12,8 @@ use crate::batch::Batch;
 use crate::model::ops::{Frozen, with_elements};
 use crate::model::{HEAD, Keep, Mode, Model, Weight};
 
-/// A checkpoint folder or a GGUF file, with an adapter or without. Its matrices stay in the file, in their own type,
-/// and are in memory for as long as a block is computed.
+/// A checkpoint folder, with an adapter or without. Its matrices stay in the file, in their own type, and are in memory
+/// a part at a time.
 #[derive(Debug)]
 pub struct CheckpointTeacher {
     model: Arc<Model>,
@@ -120,19 +120,14 @@ struct HiddenRows {
     vocab_size: usize,
 }
 
-/// The teacher's pass over the sequences, block by block and without a graph.
+/// The teacher's pass over the sequences, without a graph.
 fn score(model: &Model, head: Head, mode: Mode, sequences: &[Asked<'_>]) -> Result<HiddenRows> {
     let batch = Batch::new(sequences.iter().map(|asked| (asked.ids, asked.labels)));
-    let pass = model.pass(&batch, &[], mode);
-    let mut x = model.embed(&batch, &pass)?;
-    for i in 0..model.blocks() {
-        x = model.block(i, &x, &pass)?;
-        model.release(i);
-    }
+    let hidden = model.hidden(&batch, mode)?;
     let rows: Vec<u32> = batch.targets().iter().map(|(row, _)| *row as u32).collect();
-    let rows = Tensor::from_vec(rows, batch.trained_tokens(), x.device())?;
+    let rows = Tensor::from_vec(rows, batch.trained_tokens(), hidden.device())?;
     Ok(HiddenRows {
-        hidden: model.last_norm(&x, &pass)?.index_select(&rows, 0)?,
+        hidden: hidden.index_select(&rows, 0)?,
         head,
         vocab_size: model.config().vocab_size,
     })
@@ -160,20 +155,6 @@ impl LogitRows for HiddenRows {
                 out.copy_from_slice(logits);
                 Ok(())
             }),
-        }
-    }
-}
-
-impl Drop for HiddenRows {
-    fn drop(&mut self) {
-        match &self.head {
-            Head::Matrix(Frozen::Quantized(rows)) => rows.release(),
-            Head::Matrix(Frozen::Dense(_)) => {}
-            Head::OfModel(model) => {
-                if let Some(rows) = model.matrix(HEAD).and_then(Weight::quantized) {
-                    rows.release();
-                }
-            }
         }
     }
 }

@@ -1,13 +1,15 @@
 //! One step of training, whatever the loss: gradients of several forward passes add up, are shortened where they are
-//! too long, and move the weights.
+//! too long, and move the weights; or, where nothing is added and shortened, every weight moves as soon as it can.
 
-use candle_core::{DType, Result, Tensor, Var};
+use std::collections::HashMap;
+
+use candle_core::{DType, Result, Tensor, TensorId, Var};
 
 use super::TrainError;
-use super::backward::backward;
+use super::backward::{Way, backward};
 use crate::batch::Batch;
 use crate::model::{Mode, Model};
-use crate::optimizer::{AdamW, AdamWOptions, clip_factor, global_norm};
+use crate::optimizer::{AdamW, AdamWOptions, clip_factor, global_norm, square_sum};
 
 /// How the weights move, spelled as transformers' `TrainingArguments` spells it.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -20,12 +22,22 @@ pub struct LearnerOptions {
     pub gradient_checkpointing: bool,
 }
 
+impl LearnerOptions {
+    /// Whether in a step of so many forward passes every weight can move at once: no gradient has to wait for another
+    /// pass, or for the length of all together.
+    pub fn moves_at_once(&self, passes: usize) -> bool {
+        passes == 1 && self.max_grad_norm <= 0.0
+    }
+}
+
 /// A model with the optimizer of what is trained in it.
 #[derive(Debug)]
 pub struct Learner<'a> {
     model: &'a Model,
     options: LearnerOptions,
     trained: Vec<(&'a str, &'a Var)>,
+    /// The block that alone has it, by trained tensor.
+    blocks: Vec<Option<usize>>,
     optimizer: AdamW,
     /// Of the step that is under way, in the order of `trained`.
     gradients: Vec<Option<Tensor>>,
@@ -36,7 +48,18 @@ impl<'a> Learner<'a> {
     /// [`with_deep_stack`](super::with_deep_stack).
     pub fn new(model: &'a Model, options: LearnerOptions) -> Self {
         let trained = model.trained();
+        let of_blocks: HashMap<TensorId, usize> = (0..model.blocks())
+            .flat_map(|i| {
+                model
+                    .block_parameters(i)
+                    .filter_map(move |p| Some((p.var()?.id(), i)))
+            })
+            .collect();
         Self {
+            blocks: trained
+                .iter()
+                .map(|(_, var)| of_blocks.get(&var.id()).copied())
+                .collect(),
             model,
             options,
             optimizer: AdamW::new(trained.iter().map(|(_, var)| (*var).clone()), options.adamw),
@@ -75,10 +98,13 @@ impl<'a> Learner<'a> {
     ) -> Result<f64> {
         // Within the pass first: what comes in parts is added up in the order of one graph, and the bits are the same.
         let mut of_pass: Vec<Option<Tensor>> = vec![None; self.trained.len()];
-        let recompute = self.options.gradient_checkpointing;
-        let loss = backward(self.model, batch, mode, recompute, loss_of, |mut store| {
+        let way = match self.options.gradient_checkpointing {
+            true => Way::Recompute,
+            false => Way::Whole,
+        };
+        let loss = backward(self.model, batch, mode, way, loss_of, |mut part| {
             for ((_, var), sum) in self.trained.iter().zip(&mut of_pass) {
-                add(sum, store.remove(var))?;
+                add(sum, part.gradients.remove(var))?;
             }
             Ok(())
         })?;
@@ -86,6 +112,78 @@ impl<'a> Learner<'a> {
             add(sum, gradient)?;
         }
         Ok(loss)
+    }
+
+    /// Whether a step of so many forward passes can be a [`step`](Self::step).
+    pub fn moves_at_once(&self, passes: usize) -> bool {
+        self.options.moves_at_once(passes)
+    }
+
+    /// A forward and backward pass that is a whole step: every weight moves as soon as its gradient is known, and the
+    /// gradient goes, so that those of one block exist at a time (as in LOMO, <https://arxiv.org/abs/2306.09782>).
+    /// With the bits of [`accumulate`](Self::accumulate), [`gradients`](Self::gradients) and [`update`](Self::update)
+    /// without clipping. `count` (tokens) is what the sum is divided by. Where the loss or a gradient is not finite, no
+    /// weight moves from there on.
+    pub fn step(
+        &mut self,
+        batch: &Batch,
+        mode: Mode,
+        count: usize,
+        learning_rate: f64,
+        loss_of: impl FnOnce(&Tensor) -> Result<Tensor>,
+    ) -> std::result::Result<Stepped, TrainError> {
+        let way = match self.options.gradient_checkpointing {
+            true => Way::Recompute,
+            false => Way::Blocks,
+        };
+        let scale = 1.0 / count as f64;
+        let mut waiting: Vec<Option<Tensor>> = vec![None; self.trained.len()];
+        let mut squares: Vec<Option<f64>> = vec![None; self.trained.len()];
+        let (trained, blocks, optimizer) = (&self.trained, &self.blocks, &mut self.optimizer);
+        optimizer.begin_step();
+        let mut is_finite = true;
+        let mut moved = |i: usize, gradient: &Tensor| -> Result<()> {
+            let square = square_sum(gradient)?;
+            squares[i] = Some(square);
+            is_finite &= square.is_finite();
+            match is_finite {
+                true => optimizer.move_one(i, gradient, learning_rate, scale),
+                false => Ok(()),
+            }
+        };
+        let loss = backward(self.model, batch, mode, way, loss_of, |mut part| {
+            for (i, (_, var)) in trained.iter().enumerate() {
+                let Some(gradient) = part.gradients.remove(var) else {
+                    continue;
+                };
+                match part.loss.is_finite() && part.block.is_some() && part.block == blocks[i] {
+                    true => moved(i, &gradient)?,
+                    false => add(&mut waiting[i], Some(gradient))?,
+                }
+            }
+            Ok(())
+        })?;
+        for (i, gradient) in waiting.into_iter().enumerate() {
+            if let Some(gradient) = gradient.filter(|_| loss.is_finite()) {
+                moved(i, &gradient)?;
+            }
+        }
+        let mut sum = 0.0;
+        for (square, (name, _)) in squares.into_iter().zip(&self.trained) {
+            sum += match square {
+                Some(square) => square,
+                None if !loss.is_finite() => f64::NAN,
+                None => {
+                    return Err(TrainError::NoGradient {
+                        tensor: (*name).to_owned(),
+                    });
+                }
+            };
+        }
+        Ok(Stepped {
+            loss,
+            norm: sum.sqrt() / count as f64,
+        })
     }
 
     /// Ends the step's passes: their gradients, and the norm of all together, divided by `count` (tokens).
@@ -117,6 +215,34 @@ impl<'a> Learner<'a> {
         }
         Ok(None)
     }
+}
+
+/// The first trained tensor that a backward pass gives no gradient. Gradients are dropped as they come.
+pub fn unreached<'a>(
+    model: &'a Model,
+    batch: &Batch,
+    mode: Mode,
+    loss_of: impl FnOnce(&Tensor) -> Result<Tensor>,
+) -> Result<Option<&'a str>> {
+    let trained = model.trained();
+    let mut reached = vec![false; trained.len()];
+    backward(model, batch, mode, Way::Blocks, loss_of, |mut part| {
+        for ((_, var), reached) in trained.iter().zip(&mut reached) {
+            *reached |= part.gradients.remove(var).is_some();
+        }
+        Ok(())
+    })?;
+    let missed = trained.iter().zip(&reached).find(|(_, reached)| !**reached);
+    Ok(missed.map(|((name, _), _)| *name))
+}
+
+/// What came of a step.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Stepped {
+    /// The loss, a sum, as it was before the weights moved.
+    pub loss: f64,
+    /// The norm of all gradients together after the division.
+    pub norm: f64,
 }
 
 fn add(sum: &mut Option<Tensor>, more: Option<Tensor>) -> Result<()> {

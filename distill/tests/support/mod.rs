@@ -2,6 +2,8 @@
 
 #![allow(dead_code, reason = "every test file uses its part")]
 
+pub(crate) mod logits;
+
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 

@@ -211,6 +211,7 @@ impl Prepared {
             report: &self.report,
             eval_report: self.eval_report.as_ref(),
             teacher_bytes: teacher + through.map_or(0, Through::bytes),
+            at_once: through.is_none(),
         }
     }
 

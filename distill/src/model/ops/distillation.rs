@@ -365,3 +365,109 @@ impl Criterion for Distillation {
         Ok(sums.loss + self.objective.ce_weight * sums.cross_entropy)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::ops::Range;
+
+    use super::*;
+    use crate::model::ops::gradcheck::{check, random};
+    use crate::model::ops::linear;
+    use crate::model::quantized::Nf4;
+
+    const LABELS: [i64; 6] = [-100, 3, 0, -100, 6, 3];
+
+    #[derive(Clone)]
+    struct Rows(Vec<f32>);
+
+    impl LogitRows for Rows {
+        fn rows(&self) -> usize {
+            self.0.len() / 9
+        }
+        fn vocab_size(&self) -> usize {
+            9
+        }
+        fn read(&self, rows: Range<usize>, out: &mut [f32]) -> Result<()> {
+            out.copy_from_slice(&self.0[rows.start * 9..rows.end * 9]);
+            Ok(())
+        }
+    }
+
+    fn floats(shape: &[usize], seed: u64) -> Vec<f32> {
+        let numbers = random(shape, seed)
+            .flatten_all()
+            .unwrap()
+            .to_vec1::<f64>()
+            .unwrap();
+        numbers.into_iter().map(|x| 3.0 * x as f32).collect()
+    }
+
+    /// A student of seven tokens, and a teacher of nine.
+    fn distillation(loss: Loss, chunk: usize) -> Distillation {
+        let batch = Batch::new([(&[0u32; 6][..], &LABELS[..])]);
+        let objective = Objective {
+            loss,
+            temperature: 1.3,
+            t_squared: true,
+            top_k: None,
+            ce_weight: 0.2,
+            chunk,
+        };
+        let taught = Taught {
+            scores: Scores::Full(Box::new(Rows(floats(&[4, 9], 31)))),
+            old: Some(vec![-1.0, -2.0, -1.5, -0.5]),
+        };
+        Distillation::new(&batch, taught, &objective, 7).unwrap()
+    }
+
+    const LOSSES: [Loss; 3] = [
+        Loss::ReverseKl,
+        Loss::Jsd {
+            beta: 0.3,
+            rescaled: false,
+        },
+        Loss::PolicyGradient { discount: 0.0 },
+    ];
+
+    /// Every kind of output layer: the value for a loss, and the gradients, in chunks.
+    #[test]
+    fn gradients_are_the_differences_whatever_the_head_and_the_chunk() {
+        let (hidden, weight) = (random(&[6, 4], 16), random(&[7, 4], 17));
+        let (a, b, factors) = (random(&[2, 4], 18), random(&[7, 2], 19), random(&[7], 20));
+        let numbers = floats(&[7, 4], 21);
+        let blocks = Frozen::Quantized(Arc::new(Nf4::quantize("nf4".into(), &numbers, [7, 4], false)));
+        let dense = Frozen::Dense(weight.as_detached_tensor());
+        // The advantage of a policy gradient has no gradient, so the ratio is the old student's.
+        for loss in LOSSES {
+            for chunk in [1, 3, 256] {
+                check(&[&hidden, &weight], |args| {
+                    Ok(distillation_loss(&args[0], &args[1], distillation(loss, chunk))?.0)
+                });
+                for frozen in [&dense, &blocks] {
+                    check(&[&hidden], |args| {
+                        Ok(frozen_distillation_loss(&args[0], frozen, distillation(loss, chunk))?.0)
+                    });
+                    check(&[&hidden, &a, &b, &factors], |args| {
+                        let adapter = HeadAdapter {
+                            down: &linear(&args[0], &args[1])?,
+                            b: &args[2],
+                            factors: Some(&args[3]),
+                        };
+                        Ok(lora_distillation_loss(&args[0], frozen, adapter, distillation(loss, chunk))?.0)
+                    });
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_parts_add_up_to_the_loss() {
+        let (hidden, weight) = (random(&[6, 4], 16), random(&[7, 4], 17));
+        for loss in LOSSES {
+            let (total, parts) = distillation_loss(&hidden, &weight, distillation(loss, 3)).unwrap();
+            let total = total.to_scalar::<f64>().unwrap();
+            let sum = parts.loss + 0.2 * parts.cross_entropy.unwrap();
+            assert!((total - sum).abs() < 1e-12 && parts.sampled_kl.is_some());
+        }
+    }
+}

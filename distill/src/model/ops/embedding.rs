@@ -34,6 +34,7 @@ pub fn frozen_embedding(table: &Frozen, ids: &Arc<[u32]>) -> Result<Tensor> {
             out.par_chunks_mut(d).zip(ids.par_iter()).for_each(|(out, id)| {
                 table.dequantize(*id as usize..*id as usize + 1, out);
             });
+            table.used();
             tensor(out, &[ids.len(), d])
         }
     }

@@ -53,6 +53,7 @@ impl Frozen {
                             let start = first + i * part;
                             matrix.dequantize(start..start + out.len() / columns, out);
                         });
+                    matrix.used();
                     f(first, &T::from_f32(tile));
                 }
                 Ok(())
@@ -300,5 +301,33 @@ mod tests {
         let (ours, theirs) = (dx(&blocks), dx(&numbers));
         // Sums over thousands of rows, in another order.
         assert_same(&(ours * 1e-5).unwrap(), &(theirs * 1e-5).unwrap(), &blocks);
+    }
+
+    /// A teacher whose matrices are read from a file must agree with a student whose are in memory, to the bit.
+    #[test]
+    fn tiles_of_f32_give_the_bits_of_the_whole_matrix() {
+        for dims in [
+            [2 * TILE / 128 + 17, 128],
+            [2 * TILE / 576 + 5, 576],
+            [1500, 1536],
+        ] {
+            let values = numbers(dims);
+            let data = values.iter().flat_map(|x| x.to_le_bytes()).collect();
+            let kind = TensorType::F32;
+            let tiles = Frozen::Quantized(Arc::new(Blocks { kind, data, dims }));
+            let whole = Frozen::Dense(Tensor::from_vec(values, dims.as_slice(), &Device::Cpu).unwrap());
+            for rows in [1, 2, 7, 64] {
+                let x = Tensor::from_vec(numbers([rows, dims[1]]), (rows, dims[1]), &Device::Cpu).unwrap();
+                let bits = |weight: &Frozen| -> Vec<u32> {
+                    let y = frozen_linear(&x, weight).unwrap().flatten_all().unwrap();
+                    y.to_vec1::<f32>()
+                        .unwrap()
+                        .into_iter()
+                        .map(f32::to_bits)
+                        .collect()
+                };
+                assert!(bits(&tiles) == bits(&whole), "{rows} rows, {dims:?}");
+            }
+        }
     }
 }

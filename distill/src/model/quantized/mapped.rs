@@ -14,11 +14,19 @@ pub struct MappedRows {
     name: String,
     dims: [usize; 2],
     bytes: usize,
+    gives_back: bool,
 }
 
 impl MappedRows {
     /// The checkpoint's matrix of this name; none where the tensor is no matrix.
-    pub fn new(checkpoint: &Arc<Checkpoint>, name: &str) -> Result<Option<Self>, CheckpointError> {
+    ///
+    /// One that `gives_back` takes no memory but while a part of it is used: the system keeps the file's pages as long as
+    /// it has room for them.
+    pub fn new(
+        checkpoint: &Arc<Checkpoint>,
+        name: &str,
+        gives_back: bool,
+    ) -> Result<Option<Self>, CheckpointError> {
         let view = checkpoint.tensor(name)?;
         let &[out, input] = view.shape else {
             return Ok(None);
@@ -28,6 +36,7 @@ impl MappedRows {
             name: name.to_owned(),
             dims: [out, input],
             bytes: view.bytes.len(),
+            gives_back,
         }))
     }
 
@@ -68,7 +77,9 @@ impl QuantizedRows for MappedRows {
         self.bytes
     }
 
-    fn release(&self) {
-        self.checkpoint.release(&self.name);
+    fn used(&self) {
+        if self.gives_back {
+            self.checkpoint.release(&self.name);
+        }
     }
 }
