@@ -199,6 +199,24 @@ pub fn import(
     })
 }
 
+/// Writes the tokenizer's files, the chat template and `generation_config.json` of a file into a folder that exists,
+/// whatever its architecture.
+pub fn write_vocabulary(path: &Path, dir: &Path) -> Result<(), ImportError> {
+    let gguf = Gguf::open(path)?;
+    let vocab = Vocab::from_gguf(&gguf)?;
+    let arch = gguf.string("general.architecture")?;
+    let context = gguf
+        .get(&format!("{arch}.context_length"))
+        .and_then(Value::as_u64);
+    let mut files = vocab.to_folder(context.unwrap_or(0));
+    let generation = crate::vocab::pretty(&Json::Object(generation_config(&vocab)));
+    files.push(("generation_config.json".to_owned(), generation));
+    write_files(&files, dir).map_err(|source| ImportError::Write {
+        path: dir.to_path_buf(),
+        source,
+    })
+}
+
 /// The vocabulary, which must have a token for every row of the embeddings.
 pub(crate) fn vocab(gguf: &Gguf, config: &Map<String, Json>) -> Result<Vocab, ImportError> {
     let vocab = Vocab::from_gguf(gguf)?;

@@ -2,6 +2,7 @@
 
 mod adapter;
 pub mod eval;
+pub mod generate;
 mod log;
 pub mod opd;
 pub mod options;
@@ -53,6 +54,7 @@ enum Command {
     Plan(Box<plan::Args>),
     Eval(eval::Args),
     Shrink(shrink::Args),
+    Generate(generate::Args),
     Report(report::Args),
 }
 
@@ -128,6 +130,7 @@ impl Cli {
             Command::Plan(args) => plan::run(*args, output),
             Command::Eval(args) => eval::run(&args, output),
             Command::Shrink(args) => shrink::run(&args, output),
+            Command::Generate(args) => generate::run(args, output),
             Command::Report(args) => report::run(&args, output),
         };
         let Err(error) = result else {

@@ -12,6 +12,7 @@ pub mod cli;
 pub mod data;
 pub mod evaluate;
 pub mod export;
+pub mod generate;
 pub mod loss;
 pub mod memory;
 pub mod model;

@@ -5,6 +5,7 @@ mod checkpoint;
 pub mod gguf;
 pub mod routed;
 pub mod served;
+mod spec;
 pub mod vocabulary;
 
 use std::ops::Range;
@@ -13,6 +14,7 @@ use std::path::PathBuf;
 use pipit_convert::evaluate::EvaluateError;
 
 pub use checkpoint::{BaseTeacher, CheckpointTeacher};
+pub use spec::Spec;
 
 use crate::adapter::AdapterError;
 use crate::data::DataError;
@@ -175,6 +177,12 @@ pub enum TeacherError {
         /// The teacher.
         teacher: String,
     },
+    /// An adapter over something that takes none.
+    #[error("the adapter {adapter} can stand on a checkpoint only\nhint: pipit-convert model --adapter merges it into a GGUF file; a server takes adapters where it is started", adapter = .adapter.display())]
+    AdapterHere {
+        /// The adapter.
+        adapter: PathBuf,
+    },
     /// No teacher at all.
     #[error("there is no teacher")]
     NoTeacher,
@@ -194,7 +202,7 @@ pub enum TeacherError {
     },
     /// Several teachers answer differently.
     #[error(
-        "the teachers give scores of more than one kind: all logits, the top k, or single tokens\nhint: --teacher-top-k brings all logits down to the top k"
+        "the teachers give scores of more than one kind: all logits, the top k, or single tokens\nhint: take either servers only, or files and checkpoints only"
     )]
     MixedScores,
 }

@@ -1,11 +1,11 @@
 //! Rows to tokens: the checkpoint's tokenizer and chat template, and labels on the answers only.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use pipit_convert::checkpoint::read_json_object;
-use pipit_convert::import::GgufCheckpoint;
+use pipit_convert::import::write_vocabulary;
 use rayon::prelude::*;
 use serde_json::Value;
 use sha2::{Digest as _, Sha256};
@@ -68,7 +68,7 @@ impl Encoder {
         }
         let write = |source| DataError::Scratch { source };
         let folder = tempfile::tempdir().map_err(write)?;
-        GgufCheckpoint::open(model)?.write_files(folder.path())?;
+        write_vocabulary(model, folder.path())?;
         Self::open_folder(folder.path(), vocab_size)
     }
 
@@ -138,11 +138,6 @@ impl Encoder {
     pub fn vocabulary(&self) -> BTreeMap<u32, String> {
         let tokens = self.tokenizer.get_vocab(true).into_iter();
         tokens.map(|(token, id)| (id, token)).collect()
-    }
-
-    /// Tokens that are added to the tokenizer's own, special ones among them.
-    pub fn added_tokens(&self) -> BTreeSet<u32> {
-        self.tokenizer.get_added_tokens_decoder().into_keys().collect()
     }
 
     /// The sha256 of the tokenizer: equal for equal ones, however their files are written.

@@ -22,8 +22,6 @@ const MAGIC: &[u8; 8] = b"PIPITSC1";
 const LEVEL: i32 = 3;
 /// Rows of logits that are brought down to the top k at once.
 const ROWS: usize = 64;
-/// The largest file that is unpacked.
-const MOST_BYTES: usize = 1 << 30;
 
 /// Whose scores a folder holds.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -85,17 +83,17 @@ pub struct Counts {
 }
 
 /// A teacher that is asked about what its cache does not have.
-pub struct Cached {
-    teacher: Box<dyn Teacher>,
+pub struct Cached<'a> {
+    teacher: Box<dyn Teacher + 'a>,
     dir: PathBuf,
     top_k: usize,
     vocab_size: usize,
     counts: Counts,
 }
 
-impl Cached {
+impl<'a> Cached<'a> {
     /// Opens the folder, or makes it. One that holds the scores of another teacher, tokenizer, template or k is refused.
-    pub fn open(dir: &Path, teacher: Box<dyn Teacher>, binding: &Binding) -> Result<Self, TeacherError> {
+    pub fn open(dir: &Path, teacher: Box<dyn Teacher + 'a>, binding: &Binding) -> Result<Self, TeacherError> {
         let about = dir.join(ABOUT);
         if about.is_file() {
             let no = |why: String| TeacherError::NoCache {
@@ -153,7 +151,7 @@ impl Cached {
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(e) => return Err(failed(&path, e)),
         };
-        match unpack(&bytes, key, rows, self.vocab_size) {
+        match unpack(&bytes, key, (rows, self.top_k), self.vocab_size) {
             Ok(scores) => Ok(Some(scores)),
             Err(why) => {
                 self.counts.damaged += 1;
@@ -176,7 +174,7 @@ impl Cached {
     }
 }
 
-impl Teacher for Cached {
+impl Teacher for Cached<'_> {
     fn name(&self) -> String {
         self.teacher.name()
     }
@@ -303,14 +301,15 @@ fn pack(key: &str, scores: &TopK) -> io::Result<Vec<u8>> {
         (0..4).for_each(|plane| bytes.extend(numbers.iter().map(|number| number[plane])));
     }
     let mut encoder = zstd::bulk::Compressor::new(LEVEL)?;
-    encoder.set_parameter(zstd::zstd_safe::CParameter::ChecksumFlag(true))?;
+    encoder.include_checksum(true)?;
     encoder.compress(&bytes)
 }
 
-/// What a file holds, or why it cannot be used.
-fn unpack(bytes: &[u8], key: &str, rows: usize, vocab_size: usize) -> Result<TopK, String> {
-    let bytes = zstd::bulk::decompress(bytes, MOST_BYTES).map_err(|e| format!("it is damaged: {e}"))?;
+/// What a file holds, or why it cannot be used. So many rows are asked for, of so many tokens at most.
+fn unpack(bytes: &[u8], key: &str, (rows, most): (usize, usize), vocab_size: usize) -> Result<TopK, String> {
     let header = MAGIC.len() + key.len();
+    let room = header + 8 + rows.saturating_mul(most).saturating_mul(8);
+    let bytes = zstd::bulk::decompress(bytes, room).map_err(|e| format!("it is damaged: {e}"))?;
     let (head, rest) = bytes.split_at_checked(header + 8).ok_or("it is too short")?;
     if &head[..MAGIC.len()] != MAGIC {
         return Err("it holds no scores".into());
@@ -398,7 +397,7 @@ mod tests {
         }
     }
 
-    fn open(dir: &Path, full: bool) -> (Cached, std::rc::Rc<std::cell::Cell<usize>>) {
+    fn open(dir: &Path, full: bool) -> (Cached<'static>, std::rc::Rc<std::cell::Cell<usize>>) {
         let asked = std::rc::Rc::default();
         let teacher = Box::new(Four {
             full,
@@ -407,18 +406,18 @@ mod tests {
         (Cached::open(dir, teacher, &binding()).unwrap(), asked)
     }
 
-    const LONG: Asked<'_> = Asked {
+    const LONG: Asked<'static> = Asked {
         ids: &[3, 1, 2, 0, 3],
         labels: &[-100, 1, 2, -100, 3],
         route: None,
     };
-    const SHORT: Asked<'_> = Asked {
+    const SHORT: Asked<'static> = Asked {
         ids: &[2, 3],
         labels: &[2, 3],
         route: None,
     };
 
-    fn top(cached: &mut Cached, sequences: &[Asked<'_>]) -> TopK {
+    fn top(cached: &mut Cached<'_>, sequences: &[Asked<'_>]) -> TopK {
         match cached.score(sequences).unwrap() {
             Scores::Top(top) => top,
             _ => panic!("no top k"),
@@ -486,7 +485,7 @@ mod tests {
             flipped[at] ^= 0x10;
             cases.push(flipped);
         }
-        let (mut counted, cases_count) = (2, cases.len());
+        let (mut counted, cases_count) = (asked.get(), cases.len());
         for bytes in cases {
             std::fs::write(&path, &bytes).unwrap();
             assert_eq!(top(&mut cached, &[LONG, SHORT]), right);

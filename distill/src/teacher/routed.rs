@@ -6,13 +6,15 @@ use std::ops::Range;
 use super::{Asked, LogitRows, Scores, Teacher, TeacherError, TopK, label_places};
 
 /// Teachers by the value of a column of the data.
-pub struct Routed {
-    teachers: BTreeMap<String, Box<dyn Teacher>>,
+pub struct Routed<'a> {
+    teachers: BTreeMap<String, Box<dyn Teacher + 'a>>,
 }
 
-impl Routed {
+impl<'a> Routed<'a> {
     /// Teachers under the values that choose them.
-    pub fn new(teachers: impl IntoIterator<Item = (String, Box<dyn Teacher>)>) -> Result<Self, TeacherError> {
+    pub fn new(
+        teachers: impl IntoIterator<Item = (String, Box<dyn Teacher + 'a>)>,
+    ) -> Result<Self, TeacherError> {
         let mut routed = Self {
             teachers: BTreeMap::new(),
         };
@@ -41,7 +43,7 @@ impl Routed {
     }
 }
 
-impl Teacher for Routed {
+impl Teacher for Routed<'_> {
     fn name(&self) -> String {
         let names = self
             .teachers
@@ -225,7 +227,7 @@ mod tests {
         }
     }
 
-    fn routed(k: [usize; 2]) -> Routed {
+    fn routed(k: [usize; 2]) -> Routed<'static> {
         let numbers = |teacher, vocab_size, k| -> Box<dyn Teacher> {
             Box::new(Numbers {
                 teacher,

@@ -221,6 +221,9 @@ impl ServedTeacher {
             .longest
             .map_or(usize::MAX, |longest| longest.saturating_sub(1));
         asked.check_length(longest, || self.name())?;
+        if labels(asked).next().is_none() {
+            return Ok(Vec::new());
+        }
         let scores = match self.kind {
             Kind::Vllm => vllm::score(self, asked),
             Kind::LlamaServer => llama_server::score(self, asked, worker),
@@ -274,7 +277,7 @@ fn most_probable(mut tokens: Vec<(u32, f32)>, k: usize, vocab_size: usize) -> Ve
 }
 
 /// Does `count` jobs with so many threads, each of which has a number. The first error ends all that has not begun.
-pub(super) fn in_parallel<T: Send, E: Send>(
+fn in_parallel<T: Send, E: Send>(
     count: usize,
     workers: usize,
     job: impl Fn(usize, usize) -> Result<T, E> + Sync,
@@ -307,5 +310,13 @@ pub(super) fn in_parallel<T: Send, E: Send>(
 /// The places of a sequence that are asked about, with their labels.
 fn labels<'a>(asked: &Asked<'a>) -> impl Iterator<Item = (usize, u32)> + use<'a> {
     let labels = asked.labels;
-    label_places(labels).map(|place| (place, u32::try_from(labels[place]).unwrap_or(0)))
+    label_places(labels).map(move |place| (place, u32::try_from(labels[place]).unwrap_or(0)))
+}
+
+/// The key that a server wants: what `PIPIT_TEACHER_API_KEY` says. It is no option, so that it stands in no list of
+/// processes and in no configuration of a run.
+pub fn api_key_from_environment() -> Option<String> {
+    std::env::var("PIPIT_TEACHER_API_KEY")
+        .ok()
+        .filter(|key| !key.is_empty())
 }

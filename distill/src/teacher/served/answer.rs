@@ -23,6 +23,8 @@ pub enum Question<'a> {
 pub struct Draw {
     /// 0 takes the most probable token.
     pub temperature: f64,
+    /// Of so many of the most probable tokens; 0 of all. Beyond OpenAI's API, and known to vLLM and llama-server.
+    pub top_k: usize,
     /// Of the most probable tokens, as many as have this share together.
     pub top_p: f64,
     /// The most tokens of an answer.
@@ -41,15 +43,24 @@ pub struct Answered {
 }
 
 impl ServedTeacher {
-    /// The answers to questions, each with its own seed.
+    /// The answers to questions, each with its own seed. A question that the server refuses (it is too long, or its
+    /// template does not take the conversation) has what it says instead.
     pub fn answers(
         &self,
         questions: &[(Question<'_>, u64)],
         draw: Draw,
-    ) -> Result<Vec<Answered>, ServedError> {
+    ) -> Result<Vec<Result<Answered, String>>, ServedError> {
         in_parallel(questions.len(), self.workers(), |i, _| {
             let (question, seed) = &questions[i];
-            self.answer(question, *seed, draw)
+            match self.answer(question, *seed, draw) {
+                Err(ServedError::Refused {
+                    status: 400 | 413 | 422,
+                    why,
+                    ..
+                }) => Ok(Err(format!("the server refuses it: {why}"))),
+                Err(error) => Err(error),
+                Ok(answered) => Ok(Ok(answered)),
+            }
         })
     }
 
@@ -57,6 +68,9 @@ impl ServedTeacher {
         // Seeds are 32 bits with llama-server.
         let mut body = json!({"model": self.model, "max_tokens": draw.max_new_tokens, "temperature": draw.temperature,
             "top_p": draw.top_p, "seed": seed & 0x7fff_ffff});
+        if draw.top_k > 0 {
+            body["top_k"] = json!(draw.top_k);
+        }
         let path = match question {
             Question::Chat { messages, tools } => {
                 body["messages"] = json!(messages);

@@ -86,8 +86,8 @@ impl Client {
 
     fn ask(&self, path: &str, body: Option<&Value>) -> Result<Value, ServedError> {
         let body = body.map(Value::to_string);
-        let mut wait = FIRST_WAIT;
-        for attempt in 1.. {
+        let (mut wait, mut attempt) = (FIRST_WAIT, 1);
+        loop {
             let (why, asked) = match self.attempt(path, body.as_deref()) {
                 Ok(value) => return Ok(value),
                 Err(Failure::Final(error)) => return Err(error),
@@ -104,8 +104,8 @@ impl Client {
             tracing::info!("{}{path}: {why}; again in {:.1} s", self.url, now.as_secs_f64());
             std::thread::sleep(now);
             wait *= 2;
+            attempt += 1;
         }
-        Err(self.bad("never comes"))
     }
 
     fn attempt(&self, path: &str, body: Option<&str>) -> Result<Value, Failure> {

@@ -23,10 +23,11 @@ pub(super) fn score(
     worker: usize,
 ) -> Result<SequenceScores, ServedError> {
     let (k, vocab_size) = (teacher.options.top_k, teacher.options.vocab_size);
-    let place = |(place, label): (usize, u32)| {
+    let place = |(place, label): (usize, u32)| -> Result<Place, ServedError> {
         // A worker keeps to its slot, whose cache holds the text before.
         let body = json!({"prompt": asked.ids[..place], "n_predict": 1, "n_probs": k.max(1), "cache_prompt": true,
-            "id_slot": worker, "temperature": 0.0, "samplers": ["temperature"], "logit_bias": [[label, BIAS]]});
+            "id_slot": worker, "temperature": 0.0, "samplers": ["temperature"], "logit_bias": [[label, BIAS]],
+            "response_fields": ["completion_probabilities"]});
         let answer = teacher.client.post("/completion", &body)?;
         of_answer(&answer, label, k, vocab_size).map_err(|why| teacher.client.bad(why))
     };

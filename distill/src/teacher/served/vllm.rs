@@ -28,7 +28,7 @@ fn places(asked: &Asked<'_>, answer: &Value, k: usize, vocab_size: usize) -> Res
             "has prompt_logprobs of {theirs} tokens, and the prompt has {ours}"
         ));
     }
-    let place = |(place, label): (usize, u32)| {
+    let place = |(place, label): (usize, u32)| -> Result<Place, String> {
         let tokens = places[place]
             .as_object()
             .ok_or(format!("says nothing of token {place}"))?;
@@ -65,7 +65,7 @@ mod tests {
             "usage": {"prompt_tokens": 3, "total_tokens": 4, "completion_tokens": 1}})
     }
 
-    const ASKED: Asked<'_> = Asked {
+    const ASKED: Asked<'static> = Asked {
         ids: &[5, 7, 9],
         labels: &[-100, 7, 9],
         route: None,
