@@ -149,13 +149,7 @@ pub fn distil(
 
     while progress.global_step < train.steps && !stopped_early {
         if stop.load(Ordering::Relaxed) {
-            let step = progress.global_step;
-            let worth_saving = step > 0 && learner.not_finite()?.is_none();
-            let checkpoint = match checkpoints.filter(|_| worth_saving) {
-                Some(checkpoints) => Some(checkpoints.save(&learner, &progress, data)?),
-                None => None,
-            };
-            return Err(TrainError::Interrupted { step, checkpoint }.into());
+            return Err(interrupted(&learner, &progress, checkpoints, data)?.into());
         }
         let start = Instant::now();
         if progress.global_step.is_multiple_of(options.steps_per_generation) {

@@ -85,11 +85,12 @@ impl ChatTemplate {
     }
 
     /// The template as it stands in its file, then the names and texts of the special tokens.
-    pub fn parts(&self) -> impl Iterator<Item = &str> {
-        let source = self.environment.get_template(NAME).ok();
-        let source = source.map(|template| template.source()).into_iter();
+    pub fn parts(&self) -> Vec<String> {
+        let template = self.environment.get_template(NAME).ok();
+        let source = template.map(|template| template.source().to_owned());
         let special = self.special.iter();
-        source.chain(special.flat_map(|(key, text)| [key.as_str(), text.as_str()]))
+        let special = special.flat_map(|(key, text)| [key.clone(), text.clone()]);
+        source.into_iter().chain(special).collect()
     }
 
     /// The text of a conversation, whose assistant may call `tools`; with `add_generation_prompt` it ends where

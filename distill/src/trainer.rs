@@ -204,13 +204,7 @@ pub fn train(
 
     while progress.global_step < options.steps && !stopped_early {
         if stop.load(Ordering::Relaxed) {
-            let step = progress.global_step;
-            let worth_saving = step > 0 && learner.not_finite()?.is_none();
-            let checkpoint = match checkpoints.filter(|_| worth_saving) {
-                Some(checkpoints) => Some(checkpoints.save(&learner, &progress, data)?),
-                None => None,
-            };
-            return Err(TrainError::Interrupted { step, checkpoint });
+            return Err(interrupted(&learner, &progress, checkpoints, data)?);
         }
         let start = Instant::now();
         let step = sampler.take();
@@ -321,6 +315,22 @@ pub fn train(
         eval_loss = progress.best_metric;
     }
     Ok(progress.outcome(eval_loss, stopped_early))
+}
+
+/// The error of a run that was told to stop, once what is worth it is saved.
+pub(crate) fn interrupted(
+    learner: &Learner<'_>,
+    progress: &Progress,
+    checkpoints: Option<&Checkpoints<'_>>,
+    data: u64,
+) -> Result<TrainError, TrainError> {
+    let step = progress.global_step;
+    let worth_saving = step > 0 && learner.not_finite()?.is_none();
+    let checkpoint = match checkpoints.filter(|_| worth_saving) {
+        Some(checkpoints) => Some(checkpoints.save(learner, progress, data)?),
+        None => None,
+    };
+    Ok(TrainError::Interrupted { step, checkpoint })
 }
 
 /// The seed of the dropout in forward pass `pass` of a step.

@@ -74,7 +74,12 @@ fn the_blocks_are_those_that_pipit_convert_writes() {
         let mut through = Through::new(&mut model, &source, &recipe).unwrap();
         through.put_on().unwrap();
         let rounded = numbers(&model);
-        let file = convert(&fixture(), &[], &recipe, &scratch.path().join(format!("{name}.gguf")));
+        let file = convert(
+            &fixture(),
+            &[],
+            &recipe,
+            &scratch.path().join(format!("{name}.gguf")),
+        );
         let mut compared = 0;
         for matrix in file.quantized() {
             let [rows, columns] = matrix.dims();
@@ -84,7 +89,11 @@ fn the_blocks_are_those_that_pipit_convert_writes() {
             assert_ne!(own[matrix.name()], blocks, "{name}, {}", matrix.name());
             compared += 1;
         }
-        assert_eq!(compared, 1 + 2 * 7, "the embedding, and seven matrices of two blocks");
+        assert_eq!(
+            compared,
+            1 + 2 * 7,
+            "the embedding, and seven matrices of two blocks"
+        );
         assert!(difference(&logits(&model), &logits(&file)) < 1e-5, "{name}");
         through.put_on().unwrap();
         through.take_off().unwrap();
@@ -131,10 +140,18 @@ fn an_adapter_is_merged_before_it_is_rounded_and_learns_as_the_merged_matrix() {
             adapter: PeftAdapter::open(&folder).unwrap(),
             scale: 1.0,
         }];
-        let file = convert(&fixture(), &adapters, &recipe, &scratch.path().join(format!("{name}.gguf")));
+        let file = convert(
+            &fixture(),
+            &adapters,
+            &recipe,
+            &scratch.path().join(format!("{name}.gguf")),
+        );
         let (ours, theirs) = (logits(&model), logits(&file));
         assert!(difference(&ours, &theirs) < 1e-5, "{name}");
-        assert!(largest_difference(&ours, &without) > 1e-3, "{name}: rounding does something");
+        assert!(
+            largest_difference(&ours, &without) > 1e-3,
+            "{name}: rounding does something"
+        );
 
         // A model whose matrices are trained and have the numbers of the blocks: dB = s·dW·Aᵀ, dA = s·Bᵀ·dW.
         let merged = Model::open(&fixture(), true).unwrap();
@@ -159,7 +176,10 @@ fn an_adapter_is_merged_before_it_is_rounded_and_learns_as_the_merged_matrix() {
             let expected = scaled(d_w.matmul(&a.t().unwrap()).unwrap());
             assert!(difference(&floats(d_b), &expected) < 1e-3, "{name}");
             let expected = scaled(b.t().unwrap().matmul(d_w).unwrap());
-            assert!(difference(&floats(&of_adapter[&a_name]), &expected) < 1e-3, "{a_name}");
+            assert!(
+                difference(&floats(&of_adapter[&a_name]), &expected) < 1e-3,
+                "{a_name}"
+            );
             compared += 1;
         }
         assert_eq!(compared, 14);
@@ -172,7 +192,9 @@ fn what_cannot_be_rounded_is_refused_by_name() {
     let refused = |options: LoraOptions, text: &str| {
         let mut model = Model::open(&fixture(), false).unwrap();
         lora::add(&mut model, &options, "base", &mut Random::new(5, "adapter")).unwrap();
-        let error = Through::new(&mut model, &source, &recipe("Q4_0")).unwrap_err().to_string();
+        let error = Through::new(&mut model, &source, &recipe("Q4_0"))
+            .unwrap_err()
+            .to_string();
         assert!(error.contains(text), "{error}");
     };
     let dora = LoraOptions {
@@ -186,7 +208,14 @@ fn what_cannot_be_rounded_is_refused_by_name() {
     };
     refused(dropout, "--lora-dropout");
     let scratch = tempfile::tempdir().unwrap();
-    let mut blocks = convert(&fixture(), &[], &recipe("Q8_0"), &scratch.path().join("blocks.gguf"));
-    let error = Through::new(&mut blocks, &source, &recipe("Q4_0")).unwrap_err().to_string();
+    let mut blocks = convert(
+        &fixture(),
+        &[],
+        &recipe("Q8_0"),
+        &scratch.path().join("blocks.gguf"),
+    );
+    let error = Through::new(&mut blocks, &source, &recipe("Q4_0"))
+        .unwrap_err()
+        .to_string();
     assert!(error.contains("in blocks already"), "{error}");
 }

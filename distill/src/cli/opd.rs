@@ -82,6 +82,10 @@ struct GgufFigures<'a> {
 }
 
 impl Args {
+    pub(super) fn new(config: Option<PathBuf>, given: OpdGiven) -> Self {
+        Self { config, given }
+    }
+
     fn resolve(self, output: Output) -> anyhow::Result<Asked> {
         let file = self.config.as_deref().map(OpdGiven::read).transpose()?;
         let given = self.given.or(file.unwrap_or_default());
@@ -123,6 +127,23 @@ pub fn run(args: Args, output: Output) -> anyhow::Result<()> {
         false => opd(asked, output, &stop),
     };
     with_deep_stack(work).context("cannot start a thread")?
+}
+
+/// What a run would train, and what memory it would take; opens what it would open, and writes nothing.
+pub(super) fn plan(args: Args, output: Output) -> anyhow::Result<Plan> {
+    let Asked {
+        mut settings,
+        method_is_given,
+        ..
+    } = args.resolve(output)?;
+    settings.check()?;
+    let prepared = prepare(&mut settings, method_is_given, output)?;
+    let options = prepared.options(&settings);
+    let teacher = teacher::open(&settings, &prepared, &options)?;
+    let facts = prepared.facts(&options, teacher.bytes, prepared.through.as_ref());
+    let plan = plan::of(&settings.training, &facts, &options.train)?;
+    plan::warn(&plan, output);
+    Ok(plan)
 }
 
 fn opd(asked: Asked, output: Output, stop: &AtomicBool) -> anyhow::Result<()> {

@@ -1,13 +1,13 @@
 //! `pipit-distill plan`: what a run would train, and what memory and time it would take.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
 use anyhow::Context as _;
 
-use super::Output;
-use super::options::{Method, SftConfig};
+use super::options::{DistillationOptions, Method, OpdGiven, SftConfig, SftOptions};
 use super::sft::{self, Asked, Prepared, train_options};
+use super::{Output, UsageError, opd};
 use crate::data::DataReport;
 use crate::memory::{self, Sizes};
 use crate::model::{Mode, Model};
@@ -18,22 +18,62 @@ use crate::trainer::{TrainOptions, When, plan_steps, train, with_deep_stack};
 #[derive(Debug, clap::Args)]
 #[group(id = "plan")]
 #[command(
-    after_help = "Takes the arguments of sft, and writes nothing. The memory is estimated from the sizes of the model and of the\n\
-    largest forward pass; the time comes from real steps, on a copy that is thrown away.\n\nExamples:\n  \
+    mut_arg("model", |arg| arg.visible_alias("student")),
+    mut_arg("data", |arg| arg.visible_alias("prompts")),
+    after_help = "Takes the arguments of sft, or with --teacher those of opd, and writes nothing. The memory is estimated from the sizes\n\
+    of the model and of the largest forward pass; the time of sft comes from real steps, on a copy that is thrown away. How\n\
+    long a student's answers become is not known before: opd is planned with the longest.\n\nExamples:\n  \
     pipit-distill plan --model smollm2 --data train.jsonl --method lora --r 16\n  \
+    pipit-distill plan --student small --teacher large --prompts train.jsonl --method full\n  \
     pipit-distill plan --config sft.toml --json --measure-steps 0"
 )]
 pub struct Args {
+    /// A TOML file with options; flags win over it
+    #[arg(long, value_name = "F.toml")]
+    config: Option<PathBuf>,
     #[command(flatten)]
-    sft: sft::Args,
-    /// Real steps that are timed; 0 measures nothing, and takes no more memory than the weights
+    training: SftOptions,
+    #[command(flatten)]
+    distillation: DistillationOptions,
+    /// Real steps of sft that are timed; 0 measures nothing, and takes no more memory than the weights
     #[arg(long, value_name = "N", default_value_t = 2)]
     measure_steps: usize,
 }
 
+impl Args {
+    /// Whether a teacher is named, here or in the file.
+    fn has_teacher(&self) -> bool {
+        let file = self
+            .config
+            .as_ref()
+            .and_then(|path| std::fs::read_to_string(path).ok());
+        let table: Option<toml::Table> = file.and_then(|text| toml::from_str(&text).ok());
+        let named = |key| table.as_ref().is_some_and(|table| table.contains_key(key));
+        let given = self.distillation.given();
+        ["teacher", "teachers"]
+            .into_iter()
+            .any(|key| given.contains(&key) || named(key))
+    }
+}
+
 /// Runs the subcommand.
 pub fn run(args: Args, output: Output) -> anyhow::Result<()> {
-    let mut asked = args.sft.resolve(output)?;
+    if args.has_teacher() {
+        let given = OpdGiven {
+            training: args.training,
+            distillation: args.distillation,
+        };
+        let asked = opd::Args::new(args.config, given);
+        let work = || show(&opd::plan(asked, output)?, output);
+        return with_deep_stack(work).context("cannot start a thread")?;
+    }
+    if let Some(key) = args.distillation.given().first() {
+        let flag = format!("--{}", key.replace('_', "-"));
+        anyhow::bail!(UsageError::Usage(format!(
+            "{flag} is for opd, which needs --teacher"
+        )));
+    }
+    let mut asked = sft::Args::new(args.config, args.training).resolve(output)?;
     asked.config.check()?;
     with_deep_stack(|| plan(&mut asked, args.measure_steps, output)).context("cannot start a thread")?
 }
@@ -47,8 +87,12 @@ fn plan(asked: &mut Asked, measure_steps: usize, output: Output) -> anyhow::Resu
     if measure_steps > 0 && plan.lacks().is_none() {
         plan.measured = Some(measure(&prepared, &options, &plan.work, measure_steps)?);
     }
+    show(&plan, output)
+}
+
+fn show(plan: &Plan, output: Output) -> anyhow::Result<()> {
     if output.json {
-        println!("{}", serde_json::to_string(&plan)?);
+        println!("{}", serde_json::to_string(plan)?);
     } else {
         print!("{}", plan.text());
     }

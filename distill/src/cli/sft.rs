@@ -127,6 +127,10 @@ pub(super) struct Asked {
 }
 
 impl Args {
+    pub(super) fn new(config: Option<PathBuf>, options: SftOptions) -> Self {
+        Self { config, options }
+    }
+
     /// The options with the values of the file, of the run that goes on, and the defaults.
     pub(super) fn resolve(self, output: Output) -> anyhow::Result<Asked> {
         let file = self.config.as_deref().map(read_toml).transpose()?;

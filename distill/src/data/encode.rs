@@ -148,8 +148,8 @@ impl Encoder {
 
     /// The sha256 of the chat template and the special tokens that it may name; of nothing, where there is none.
     pub fn template_sha256(&self) -> String {
-        let parts = self.template.iter().flat_map(ChatTemplate::parts);
-        sha256(&parts.collect::<Vec<_>>())
+        let parts: Vec<String> = self.template.iter().flat_map(ChatTemplate::parts).collect();
+        sha256(&parts.iter().map(String::as_str).collect::<Vec<_>>())
     }
 
     /// The text of tokens, with special ones.

@@ -16,7 +16,7 @@ use crate::teacher::gguf::GgufTeacher;
 use crate::teacher::routed::Routed;
 use crate::teacher::served::{ServedOptions, ServedTeacher};
 use crate::teacher::vocabulary::{check_tokenizer, probe};
-use crate::teacher::{BaseTeacher, CheckpointTeacher, Teacher, TeacherError};
+use crate::teacher::{BaseTeacher, CheckpointTeacher, Spec, Teacher, TeacherError};
 
 /// `--teacher base`.
 const BASE: &str = "base";
@@ -107,17 +107,15 @@ impl Opener<'_> {
     }
 
     fn open(&self, spec: &str) -> anyhow::Result<Here> {
-        if spec.starts_with("http://") || spec.starts_with("https://") {
-            return self.served(spec);
-        }
         // The base of a student that computes through quantised weights is no longer what it was: it is opened anew.
-        let path = match spec {
-            BASE => self.settings.training.model.as_path(),
-            path => Path::new(path),
+        let spec = match spec {
+            BASE => Spec::Checkpoint(self.settings.training.model.clone()),
+            spec => Spec::parse(spec),
         };
-        let opened = match path.is_file() {
-            true => self.gguf(path)?,
-            false => self.checkpoint(path)?,
+        let (opened, path) = match &spec {
+            Spec::Served(url) => return self.served(url),
+            Spec::Gguf(path) => (self.gguf(path)?, path),
+            Spec::Checkpoint(path) => (self.checkpoint(path)?, path),
         };
         let theirs = Encoder::open(path, opened.teacher.vocab_size())?;
         let (student, name) = (&self.prepared.student.encoder, opened.teacher.name());
