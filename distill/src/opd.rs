@@ -36,7 +36,7 @@ use crate::rollout::{RolloutOptions, Stop};
 use crate::teacher::{Asked, Teacher, TeacherError};
 use crate::trainer::{
     Checkpoints, Learner, Outcome, Progress, Sampler, Sums, TrainError, TrainOptions, checkpoint,
-    dropout_seed,
+    dropout_seed, interrupted,
 };
 
 /// How to distil.
