@@ -1,6 +1,6 @@
 //! Greedy answers of several prompts at once, with a key-value cache.
 
-use candle_core::Result;
+use candle_core::{DType, Device, Result, Tensor};
 
 use crate::batch::Batch;
 use crate::data::Prompt;
@@ -43,8 +43,9 @@ pub fn greedy(model: &Model, prompts: &[&[u32]], stop: &Stop<'_>) -> Result<Vec<
         let hidden = model.hidden_cached(&batch, &mut cache)?;
         let starts = batch.starts();
         let last: Vec<u32> = starts.windows(2).map(|w| (w[1] - 1) as u32).collect();
-        let rows = candle_core::Tensor::from_vec(last, open.len(), hidden.device())?;
+        let rows = Tensor::from_vec(last, open.len(), hidden.device())?;
         let logits = model.logits(&hidden.index_select(&rows, 0)?)?;
+        let logits = logits.to_device(&Device::Cpu)?.to_dtype(DType::F32)?;
         let next = with_elements::<f32, _>(&logits, "greedy", |logits| {
             Ok(logits
                 .chunks_exact(config.vocab_size)
@@ -52,7 +53,7 @@ pub fn greedy(model: &Model, prompts: &[&[u32]], stop: &Stop<'_>) -> Result<Vec<
                 .collect::<Vec<u32>>())
         })?;
         let keep: Vec<bool> = next.iter().map(|token| !stop.eos.contains(token)).collect();
-        cache.retain(&keep);
+        cache.retain(&keep)?;
         let (mut still, mut tokens) = (Vec::new(), Vec::new());
         for ((prompt, token), _) in open.iter().zip(next).zip(&keep).filter(|(_, keep)| **keep) {
             answers[*prompt].push(token);

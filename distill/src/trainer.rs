@@ -2,7 +2,10 @@
 
 mod backward;
 pub mod checkpoint;
+#[cfg(test)]
+mod device_tests;
 mod learner;
+mod loss_scale;
 mod progress;
 mod sampler;
 
@@ -13,6 +16,7 @@ use std::time::Instant;
 
 pub use checkpoint::{CheckpointError, Checkpoints};
 pub use learner::{Gradients, Learner, LearnerOptions};
+pub use loss_scale::LossScale;
 use progress::Sums;
 pub use progress::{Event, Metrics, Outcome, Progress};
 pub use sampler::{Sampler, Sampling, Step};
@@ -219,21 +223,27 @@ pub fn train(
                 .schedule
                 .factor(progress.global_step, options.warmup_steps, options.steps);
 
-        // Σ over all tokens of the step, divided once: accumulation equals the large batch.
-        let mut sums = Sums::default();
-        for (i, pass) in step.passes.iter().enumerate() {
-            let batch = batch_of(pass.iter().map(|sample| &samples[*sample]));
-            let mode = Mode {
-                gradient: true,
-                dropout_seed: Some(dropout_seed(options.sampling.seed, progress.global_step, i)),
-            };
-            sums.loss += learner.accumulate(&batch, mode, |hidden| {
-                model.loss_of_hidden(hidden, &batch, mode, options.loss_chunk)
-            })?;
-            sums.trained_tokens += batch.trained_tokens();
-            sums.tokens += batch.tokens();
-        }
-        let gradients = learner.gradients(sums.trained_tokens)?;
+        let (sums, gradients) = loop {
+            // Σ over all tokens of the step, divided once: accumulation equals the large batch.
+            let mut sums = Sums::default();
+            for (i, pass) in step.passes.iter().enumerate() {
+                let batch = batch_of(pass.iter().map(|sample| &samples[*sample]));
+                let mode = Mode {
+                    gradient: true,
+                    dropout_seed: Some(dropout_seed(options.sampling.seed, progress.global_step, i)),
+                };
+                sums.loss += learner.accumulate(&batch, mode, |hidden| {
+                    model.loss_of_hidden(hidden, &batch, mode, options.loss_chunk)
+                })?;
+                sums.trained_tokens += batch.trained_tokens();
+                sums.tokens += batch.tokens();
+            }
+            let gradients = learner.gradients(sums.trained_tokens)?;
+            let overflow = sums.loss.is_finite() && !gradients.norm.is_finite();
+            if !overflow || !learner.lower_loss_scale() {
+                break (sums, gradients);
+            }
+        };
         let loss = sums.loss / sums.trained_tokens as f64;
         let number = progress.global_step + 1;
         let not_finite = |what: &str, value: f64| TrainError::NotFinite {

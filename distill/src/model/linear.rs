@@ -37,7 +37,7 @@ impl Linear {
             (None, weight) => frozen_linear(x, &weight.frozen())?,
         };
         match &self.bias {
-            Some(bias) => y.broadcast_add(bias.get(mode)),
+            Some(bias) => y.broadcast_add(&bias.get(mode).to_dtype(y.dtype())?),
             None => Ok(y),
         }
     }

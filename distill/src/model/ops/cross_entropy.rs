@@ -43,7 +43,7 @@ struct CrossEntropy {
 /// The **sum** over the targets of −log softmax(hidden·Wᵀ)\[token\], a scalar. hidden `[rows, d]`,
 /// weight `[vocabulary, d]`, which gets a gradient too.
 pub fn cross_entropy(hidden: &Tensor, weight: &Tensor, targets: Targets) -> Result<Tensor> {
-    if !hidden.device().is_cpu() {
+    if composed::is_for(hidden) {
         return composed::cross_entropy(hidden, weight, &targets);
     }
     let op = CrossEntropy {
@@ -58,7 +58,7 @@ pub fn cross_entropy(hidden: &Tensor, weight: &Tensor, targets: Targets) -> Resu
 
 /// The same with a weight that gets no gradient.
 pub fn frozen_cross_entropy(hidden: &Tensor, weight: &Frozen, targets: Targets) -> Result<Tensor> {
-    if !hidden.device().is_cpu() {
+    if composed::is_for(hidden) {
         return composed::frozen_cross_entropy(hidden, weight, &targets);
     }
     let op = CrossEntropy {

@@ -8,6 +8,7 @@ use std::sync::Mutex;
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, WithDType as _};
 use rayon::prelude::*;
 
+use super::composed;
 use super::cross_entropy::{Targets, loss_and_gradient};
 use super::frozen::Frozen;
 use super::gemm::{Mat, Threads, gemm};
@@ -38,8 +39,8 @@ pub fn lora_cross_entropy(
     factors: Option<&Tensor>,
     targets: Targets,
 ) -> Result<Tensor> {
-    if !hidden.device().is_cpu() {
-        candle_core::bail!("{OP}: an adapter on the output layer is trained on the CPU only");
+    if composed::is_for(hidden) {
+        return composed::lora_cross_entropy(hidden, weight, down, lora_b, factors, &targets);
     }
     // An operation of candle has three arguments at most: hidden and down go side by side.
     let x = Tensor::cat(&[hidden, down], 1)?.contiguous()?;
