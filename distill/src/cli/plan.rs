@@ -206,7 +206,10 @@ fn measure(
     // Two steps: AdamW's moments are there in the second.
     options.steps = 2;
     train(model, &largest, &[], &options, None, &stop, |_| Ok(()))?;
-    let peak_memory_bytes = memory::resident().map(|resident| resident.peak);
+    let on_cpu = model.device().is_cpu();
+    let peak_memory_bytes = memory::resident()
+        .map(|resident| resident.peak)
+        .filter(|_| on_cpu);
     options.steps = steps;
     let outcome = train(model, &prepared.samples, &[], &options, None, &stop, |_| Ok(()))?;
     Ok(Measured {
