@@ -21,6 +21,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 use crate::data::DataReport;
+use crate::device::{DeviceError, Place, Precision};
 
 /// Fine-tunes small language models on this machine.
 #[derive(Debug, Parser)]
@@ -90,6 +91,15 @@ impl Output {
             }
         }
     }
+}
+
+/// Opens `--device` to compute as `--bf16` and `--fp16` say.
+fn place(device: &str, bf16: bool, fp16: bool) -> anyhow::Result<Place> {
+    let place = Precision::of(bf16, fp16).and_then(|precision| Place::open(device, precision));
+    place.map_err(|error| match error {
+        DeviceError::Unusable { .. } => error.into(),
+        _ => UsageError::Usage(error.to_string()).into(),
+    })
 }
 
 /// A mistake in the call or in a configuration file, found before any work.

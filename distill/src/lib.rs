@@ -10,6 +10,7 @@ pub mod batch;
 pub mod card;
 pub mod cli;
 pub mod data;
+pub mod device;
 pub mod evaluate;
 pub mod export;
 pub mod generate;

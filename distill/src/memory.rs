@@ -1,6 +1,6 @@
 //! Memory of a training run: by part, estimated beforehand, and what the system counts.
 //!
-//! The estimate counts what the forward pass keeps for the backward pass, in f32.
+//! The estimate counts what the forward pass keeps for the backward pass.
 //! docs/train/report.md compares it with real runs.
 
 use serde::{Deserialize, Serialize};
@@ -42,6 +42,10 @@ pub struct Sizes {
     pub at_once: Option<u64>,
     /// Rows of the output layer that are computed at a time.
     pub loss_chunk: usize,
+    /// Whether hidden states have 16 bits.
+    pub half: bool,
+    /// Scores of one layer's attention that exist together; 0 where they are computed block by block.
+    pub scores: usize,
 }
 
 /// Where the memory goes at the moment at which most is needed, in bytes.
@@ -90,6 +94,9 @@ impl Sizes {
         let flowing = rows * (3 * self.intermediate + 4 * self.hidden) as u64;
         // Two gradients of one embedding, and their sum.
         let adding = if self.tied_and_trained { 2 * embedding } else { 0 };
+        let hidden_bytes = if self.half { 2 } else { F32 };
+        // The scores, their exponentials and probabilities, and the gradients of these.
+        let scores = 6 * self.scores as u64;
         let mut plan = MemoryPlan {
             program_bytes: program,
             weights_bytes: self.weights,
@@ -97,8 +104,8 @@ impl Sizes {
             teacher_bytes: self.teacher,
             gradients_bytes: F32 * gradients,
             optimizer_bytes: F32 * trained * 2,
-            activations_bytes: F32 * rows * per_row as u64,
-            working_bytes: F32 * logits.max(flowing).max(adding),
+            activations_bytes: hidden_bytes * rows * per_row as u64,
+            working_bytes: F32 * logits.max(flowing).max(adding).max(scores),
             loading_bytes: loading,
             peak_bytes: 0,
         };
@@ -210,6 +217,13 @@ mod tests {
         .plan(7, 0);
         assert_eq!(summed.peak_bytes - plan.peak_bytes, plan.gradients_bytes + 7);
         assert_eq!(lora.plan(0, u64::MAX).peak_bytes, u64::MAX);
+        let on_gpu = Sizes {
+            half: true,
+            scores: 4 * 9 * 512 * 512,
+            ..lora
+        };
+        assert_eq!(2 * on_gpu.plan(0, 0).activations_bytes, plan.activations_bytes);
+        assert_eq!(on_gpu.plan(0, 0).working_bytes, 4 * 6 * 4 * 9 * 512 * 512);
     }
 
     #[test]

@@ -1,14 +1,16 @@
 //! AdamW as torch has it, with state that can be read, gradient clipping, and learning rate schedules.
+//!
+//! Weights and moments are f32: one loop on the CPU, candle's own operations on another device.
 
 mod schedule;
 
 use std::sync::{Mutex, PoisonError};
 
-use candle_core::{CpuStorage, InplaceOp2, Layout, Result, Tensor, Var, WithDType};
+use candle_core::{CpuStorage, DType, InplaceOp2, Layout, Result, Tensor, Var, WithDType};
 use rayon::prelude::*;
 pub use schedule::Schedule;
 
-use crate::model::ops::with_elements;
+use crate::model::ops::{is_composed, with_elements};
 
 const CHUNK: usize = 16 * 1024;
 
@@ -37,8 +39,15 @@ pub struct AdamW {
 struct Slot {
     var: Var,
     decay: f64,
-    /// The mean of the gradients, and of their squares.
-    moments: Mutex<(Vec<f32>, Vec<f32>)>,
+    moments: Mutex<Moments>,
+}
+
+/// The mean of the gradients, and of their squares.
+#[derive(Debug)]
+enum Moments {
+    Cpu(Vec<f32>, Vec<f32>),
+    /// Where the variable is, and of its shape.
+    Device(Tensor, Tensor),
 }
 
 impl AdamW {
@@ -55,7 +64,7 @@ impl AdamW {
                 };
                 Slot {
                     decay,
-                    moments: Mutex::new((vec![0.0; count], vec![0.0; count])),
+                    moments: Mutex::new(Moments::Cpu(vec![0.0; count], vec![0.0; count])),
                     var,
                 }
             })
@@ -77,26 +86,37 @@ impl AdamW {
     ///
     /// # Panics
     /// When there are not so many variables.
-    pub fn moments(&self, i: usize) -> [Vec<f32>; 2] {
-        let moments = self.slots[i]
-            .moments
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        [moments.0.clone(), moments.1.clone()]
+    pub fn moments(&self, i: usize) -> Result<[Vec<f32>; 2]> {
+        let moments = self.slots[i].moments.lock();
+        match &*moments.unwrap_or_else(PoisonError::into_inner) {
+            Moments::Cpu(mean, square) => Ok([mean.clone(), square.clone()]),
+            Moments::Device(mean, square) => {
+                let numbers = |tensor: &Tensor| tensor.flatten_all()?.to_vec1();
+                Ok([numbers(mean)?, numbers(square)?])
+            }
+        }
     }
 
     /// Puts variable `i`'s moments back.
     ///
     /// # Panics
     /// When there are not so many variables, or the moments are not as many numbers as the variable has.
-    pub fn set_moments(&mut self, i: usize, [mean, square]: [Vec<f32>; 2]) {
+    pub fn set_moments(&mut self, i: usize, [mean, square]: [Vec<f32>; 2]) -> Result<()> {
         let slot = &self.slots[i];
         let count = slot.var.elem_count();
         assert!(
             mean.len() == count && square.len() == count,
             "{count} numbers each"
         );
-        *slot.moments.lock().unwrap_or_else(PoisonError::into_inner) = (mean, square);
+        let moments = match is_composed(&slot.var) {
+            false => Moments::Cpu(mean, square),
+            true => {
+                let tensor = |numbers| Tensor::from_vec(numbers, slot.var.dims(), slot.var.device());
+                Moments::Device(tensor(mean)?, tensor(square)?)
+            }
+        };
+        *slot.moments.lock().unwrap_or_else(PoisonError::into_inner) = moments;
+        Ok(())
     }
 
     /// Goes on as after so many steps.
@@ -134,7 +154,10 @@ impl AdamW {
             learning_rate,
             scale,
         };
-        slot.var.inplace_op2(&gradient.contiguous()?, &update)
+        match is_composed(&slot.var) {
+            false => slot.var.inplace_op2(&gradient.contiguous()?, &update),
+            true => update.composed(gradient),
+        }
     }
 }
 
@@ -145,6 +168,51 @@ struct Update<'a> {
     steps: i32,
     learning_rate: f64,
     scale: f64,
+}
+
+/// The factors of a step: torch/optim/adamw.py, decay first, then w −= lr/bias1 · m / (√v/√bias2 + ε).
+struct Factors {
+    /// 1 − lr · decay.
+    keep: f64,
+    /// lr / bias1.
+    step: f64,
+    /// √bias2.
+    root: f64,
+}
+
+impl Update<'_> {
+    fn factors(&self) -> Factors {
+        let bias = |beta: f64| 1.0 - beta.powi(self.steps);
+        Factors {
+            keep: 1.0 - self.learning_rate * self.slot.decay,
+            step: self.learning_rate / bias(self.options.beta1),
+            root: bias(self.options.beta2).sqrt(),
+        }
+    }
+
+    /// The same of candle's own operations.
+    fn composed(&self, gradient: &Tensor) -> Result<()> {
+        let AdamWOptions {
+            beta1,
+            beta2,
+            epsilon,
+            ..
+        } = self.options;
+        let Factors { keep, step, root } = self.factors();
+        let var = &self.slot.var;
+        let mut moments = self.slot.moments.lock().unwrap_or_else(PoisonError::into_inner);
+        let (mean, square) = match &*moments {
+            Moments::Cpu(..) => (var.zeros_like()?, var.zeros_like()?),
+            Moments::Device(mean, square) => (mean.clone(), square.clone()),
+        };
+        let gradient = (gradient.to_dtype(DType::F32)? * self.scale)?;
+        let mean = (&mean + ((&gradient - &mean)? * (1.0 - beta1))?)?;
+        let square = ((square * beta2)? + (gradient.sqr()? * (1.0 - beta2))?)?;
+        let divisor = ((square.sqrt()? / root)? + epsilon)?;
+        let moved = ((var.as_detached_tensor() * keep)? - ((&mean * step)? / divisor)?)?;
+        *moments = Moments::Device(mean, square);
+        var.set(&moved)
+    }
 }
 
 impl InplaceOp2 for Update<'_> {
@@ -171,22 +239,17 @@ impl InplaceOp2 for Update<'_> {
         let weights = &mut weights[at.0..at.1];
         let gradient = &f32::cpu_storage_as_slice(gradient)?[from.0..from.1];
         let mut moments = self.slot.moments.lock().unwrap_or_else(PoisonError::into_inner);
-        let (mean, square) = &mut *moments;
+        let Moments::Cpu(mean, square) = &mut *moments else {
+            candle_core::bail!("adamw: the moments are on a device")
+        };
         let AdamWOptions {
             beta1,
             beta2,
             epsilon,
             ..
         } = self.options;
-        let bias1 = 1.0 - beta1.powi(self.steps);
-        let bias2 = 1.0 - beta2.powi(self.steps);
-        // torch/optim/adamw.py: decay first, then w −= lr/bias1 · m / (√v/√bias2 + ε).
-        let keep = (1.0 - self.learning_rate * self.slot.decay) as f32;
-        let (step, root, epsilon) = (
-            (self.learning_rate / bias1) as f32,
-            bias2.sqrt() as f32,
-            epsilon as f32,
-        );
+        let Factors { keep, step, root } = self.factors();
+        let (keep, step, root, epsilon) = (keep as f32, step as f32, root as f32, epsilon as f32);
         let (b1, b2, scale) = (beta1 as f32, beta2 as f32, self.scale as f32);
         weights
             .par_chunks_mut(CHUNK)
@@ -207,14 +270,31 @@ impl InplaceOp2 for Update<'_> {
 /// The norm of all gradients together, √Σg².
 pub fn global_norm(gradients: &[Tensor]) -> Result<f64> {
     let mut sum = 0.0;
+    // On a device the sums stay there until all are known.
+    let mut there: Option<Tensor> = None;
     for gradient in gradients {
+        if is_composed(gradient) {
+            let squares = gradient.to_dtype(DType::F32)?.sqr()?.sum_all()?;
+            there = Some(match there {
+                Some(sum) => (sum + squares)?,
+                None => squares,
+            });
+            continue;
+        }
         sum += square_sum(gradient)?;
+    }
+    if let Some(there) = there {
+        sum += f64::from(there.to_scalar::<f32>()?);
     }
     Ok(sum.sqrt())
 }
 
 /// Σg² of one gradient.
 pub(crate) fn square_sum(gradient: &Tensor) -> Result<f64> {
+    if is_composed(gradient) {
+        let sum = gradient.to_dtype(DType::F32)?.sqr()?.sum_all()?;
+        return Ok(f64::from(sum.to_scalar::<f32>()?));
+    }
     with_elements::<f32, _>(&gradient.contiguous()?, "norm", |values| {
         // In order, whatever the threads: the same seed gives the same bits.
         let parts: Vec<f64> = values

@@ -2,7 +2,10 @@
 
 mod backward;
 pub mod checkpoint;
+#[cfg(test)]
+mod device_tests;
 mod learner;
+mod loss_scale;
 mod progress;
 mod sampler;
 
@@ -13,6 +16,7 @@ use std::time::Instant;
 
 pub use checkpoint::{CheckpointError, Checkpoints};
 pub use learner::{Gradients, Learner, LearnerOptions, Stepped, unreached};
+pub use loss_scale::LossScale;
 pub(crate) use progress::Sums;
 pub use progress::{Event, Metrics, Outcome, Progress};
 pub use sampler::{Sampler, Sampling, Step};
@@ -213,37 +217,41 @@ pub fn train(
                 .schedule
                 .factor(progress.global_step, options.warmup_steps, options.steps);
 
-        // Σ over all tokens of the step, divided once: accumulation equals the large batch.
-        let mut sums = Sums::default();
-        let mut grad_norm = 0.0;
         let at_once = learner.moves_at_once(step.passes.len());
-        for (i, pass) in step.passes.iter().enumerate() {
-            let batch = batch_of(pass.iter().map(|sample| &samples[*sample]));
-            let mode = Mode {
-                gradient: true,
-                dropout_seed: Some(dropout_seed(options.sampling.seed, progress.global_step, i)),
-                ..Mode::INFERENCE
-            };
-            let loss_of = |hidden: &_| model.loss_of_hidden(hidden, &batch, mode, options.loss_chunk);
-            sums.loss += match at_once {
-                true => {
-                    let stepped =
-                        learner.step(&batch, mode, batch.trained_tokens(), learning_rate, loss_of)?;
-                    grad_norm = stepped.norm;
-                    stepped.loss
-                }
-                false => learner.accumulate(&batch, mode, loss_of)?,
-            };
-            sums.trained_tokens += batch.trained_tokens();
-            sums.tokens += batch.tokens();
-        }
-        let gradients = match at_once {
-            true => None,
-            false => Some(learner.gradients(sums.trained_tokens)?),
+        let (sums, gradients, grad_norm) = loop {
+            // Σ over all tokens of the step, divided once: accumulation equals the large batch.
+            let mut sums = Sums::default();
+            let mut grad_norm = 0.0;
+            for (i, pass) in step.passes.iter().enumerate() {
+                let batch = batch_of(pass.iter().map(|sample| &samples[*sample]));
+                let mode = Mode {
+                    gradient: true,
+                    dropout_seed: Some(dropout_seed(options.sampling.seed, progress.global_step, i)),
+                    ..Mode::INFERENCE
+                };
+                let loss_of = |hidden: &_| model.loss_of_hidden(hidden, &batch, mode, options.loss_chunk);
+                sums.loss += match at_once {
+                    true => {
+                        let stepped =
+                            learner.step(&batch, mode, batch.trained_tokens(), learning_rate, loss_of)?;
+                        grad_norm = stepped.norm;
+                        stepped.loss
+                    }
+                    false => learner.accumulate(&batch, mode, loss_of)?,
+                };
+                sums.trained_tokens += batch.trained_tokens();
+                sums.tokens += batch.tokens();
+            }
+            if at_once {
+                break (sums, None, grad_norm);
+            }
+            let gradients = learner.gradients(sums.trained_tokens)?;
+            let overflow = sums.loss.is_finite() && !gradients.norm.is_finite();
+            if !overflow || !learner.lower_loss_scale() {
+                let norm = gradients.norm;
+                break (sums, Some(gradients), norm);
+            }
         };
-        if let Some(gradients) = &gradients {
-            grad_norm = gradients.norm;
-        }
         let loss = sums.loss / sums.trained_tokens as f64;
         let number = progress.global_step + 1;
         let not_finite = |what: &str, value: f64| TrainError::NotFinite {

@@ -7,7 +7,7 @@ mod workplace;
 use std::fs;
 
 use serde_json::{Value, json};
-use workplace::{Workplace, fixture, succeeded};
+use workplace::{Workplace, failed, fixture, succeeded};
 
 #[test]
 fn a_run_learns_its_rows_and_eval_says_so() {
@@ -414,4 +414,29 @@ fn a_rate_that_blows_up_stops_and_names_the_batch() {
     // What came to no checkpoint does not stand in the way of the next run.
     succeeded(&place.sft("run", &["--max-steps", "1"]));
     assert!(!place.path("run/bad-batch.json").exists());
+}
+
+#[test]
+fn a_device_or_a_type_that_cannot_be_used_is_refused_before_anything_is_read() {
+    let place = Workplace::new();
+    for (text, more) in [
+        ("device \"gpu\" is not known", &["--device", "gpu"][..]),
+        ("--bf16 needs a GPU", &["--bf16"]),
+        ("--fp16 needs a GPU", &["--device", "cpu", "--fp16", "true"]),
+        ("--bf16 and --fp16 do not go together", &["--bf16", "--fp16"]),
+        #[cfg(not(feature = "cuda"))]
+        ("--features cuda", &["--device", "cuda:1", "--bf16"]),
+        #[cfg(not(feature = "metal"))]
+        ("--features metal", &["--device", "metal"]),
+    ] {
+        place.refused(2, text, &place.sft("run", more));
+        let eval = [
+            &["eval", "--model", "nowhere", "--data", "nowhere.jsonl"][..],
+            more,
+        ]
+        .concat();
+        if !more.contains(&"true") {
+            failed(2, text, &place.run(&eval));
+        }
+    }
 }

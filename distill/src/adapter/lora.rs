@@ -233,25 +233,25 @@ fn linear(
     random: &mut Random,
 ) -> Result<Lora, AdapterError> {
     let Shape { module, r, scale } = shape;
-    let [out, input] = model.dims(module);
+    let ([out, input], device) = (model.dims(module), model.device());
     let (a, b) = match options.init_lora_weights {
         InitLoraWeights::True => (Start::Linear(input), Start::Zero),
         InitLoraWeights::Gaussian => (Start::Normal(1.0 / *r as f64), Start::Zero),
         InitLoraWeights::False => (Start::Linear(input), Start::Linear(*r)),
     };
     let mut lora = Lora {
-        a: a.parameter(format!("{module}.lora_A.weight"), &[*r, input], random)?,
-        b: b.parameter(format!("{module}.lora_B.weight"), &[out, *r], random)?,
+        a: a.parameter(format!("{module}.lora_A.weight"), &[*r, input], random, device)?,
+        b: b.parameter(format!("{module}.lora_B.weight"), &[out, *r], random, device)?,
         bias: None,
         magnitude: None,
         scale: *scale,
         dropout: options.lora_dropout,
     };
     if options.lora_bias {
-        lora.bias = Some(b.parameter(format!("{module}.lora_B.bias"), &[out], random)?);
+        lora.bias = Some(b.parameter(format!("{module}.lora_B.bias"), &[out], random, device)?);
     }
     if options.use_dora {
-        lora.magnitude = Some(magnitude(module, model.norms(module, &lora)?)?);
+        lora.magnitude = Some(magnitude(module, &model.norms(module, &lora)?)?);
     }
     Ok(lora)
 }
@@ -264,31 +264,37 @@ fn embedding(
     random: &mut Random,
 ) -> Result<EmbeddingLora, AdapterError> {
     let Shape { module, r, scale } = shape;
-    let [vocabulary, width] = model.dims(module);
+    let ([vocabulary, width], device) = (model.dims(module), model.device());
     let a = match options.init_lora_weights {
         InitLoraWeights::False => Start::Normal(1.0),
         _ => Start::Zero,
     };
     let mut lora = EmbeddingLora {
-        a: a.parameter(format!("{module}.lora_embedding_A"), &[vocabulary, *r], random)?,
-        b: Start::Normal(1.0).parameter(format!("{module}.lora_embedding_B"), &[width, *r], random)?,
+        a: a.parameter(
+            format!("{module}.lora_embedding_A"),
+            &[vocabulary, *r],
+            random,
+            device,
+        )?,
+        b: Start::Normal(1.0).parameter(
+            format!("{module}.lora_embedding_B"),
+            &[width, *r],
+            random,
+            device,
+        )?,
         magnitude: None,
         scale: *scale,
     };
     if options.use_dora {
-        lora.magnitude = Some(magnitude(module, model.embedding_norms(&lora)?)?);
+        lora.magnitude = Some(magnitude(module, &model.embedding_norms(&lora)?)?);
     }
     Ok(lora)
 }
 
 /// DoRA's lengths, which start as the ones that the matrix has: the model is unchanged.
-fn magnitude(module: &str, norms: Vec<f32>) -> candle_core::Result<Magnitude> {
-    let count = norms.len();
-    let norms = Tensor::from_vec(norms, count, &candle_core::Device::Cpu)?;
-    Ok(Magnitude::new(Parameter::trained(
-        format!("{module}.lora_magnitude_vector"),
-        &norms,
-    )?))
+fn magnitude(module: &str, norms: &Tensor) -> candle_core::Result<Magnitude> {
+    let name = format!("{module}.lora_magnitude_vector");
+    Ok(Magnitude::new(Parameter::trained(name, norms)?))
 }
 
 /// `adapter_config.json` of a new adapter.

@@ -27,7 +27,9 @@ pub fn add(
 ) -> Result<VirtualTokensConfig, AdapterError> {
     let (n, kv) = (options.num_virtual_tokens, model.config().heads(0).kv_width());
     let encoder = options.encoder_hidden_size.unwrap_or(kv);
-    let mut trained = |name: String, shape: &[usize], start: Start| start.parameter(name, shape, random);
+    let device = model.device().clone();
+    let mut trained =
+        |name: String, shape: &[usize], start: Start| start.parameter(name, shape, random, &device);
     let projection = match options.prefix_projection {
         false => None,
         true => {

@@ -64,7 +64,7 @@ pub fn add(
     config.prompt_tuning_init = Some(init);
     let embeddings = match ids {
         Some(ids) => Parameter::trained(TENSOR.into(), &model.embeddings_of(&ids)?)?,
-        None => Start::Normal(1.0).parameter(TENSOR.into(), &[n, d], random)?,
+        None => Start::Normal(1.0).parameter(TENSOR.into(), &[n, d], random, model.device())?,
     };
     model.set_virtual_tokens(VirtualTokens::Prompt(embeddings));
     Ok(config)

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 use pipit_convert::adapter::{AdapterConfig, PeftAdapter, TargetModules};
 use safetensors::tensor::{Dtype, TensorView};
 use serde::Serialize;
@@ -97,7 +97,7 @@ fn write_tensors(tensors: &[Named], dir: &Path) -> Result<(), AdapterError> {
     let path = PeftAdapter::weights_path(dir);
     let mut bytes = Vec::new();
     for (_, tensor) in tensors {
-        let values = tensor.flatten_all()?.to_vec1::<f32>()?;
+        let values = tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
         bytes.push(values.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>());
     }
     let write = |source| AdapterError::Write {

@@ -17,8 +17,14 @@ pub(super) enum Start {
 }
 
 impl Start {
-    /// A trained tensor that starts so.
-    pub(super) fn parameter(self, name: String, shape: &[usize], random: &mut Random) -> Result<Parameter> {
+    /// A trained tensor that starts so, on the model's device: the same numbers wherever that is.
+    pub(super) fn parameter(
+        self,
+        name: String,
+        shape: &[usize],
+        random: &mut Random,
+        device: &Device,
+    ) -> Result<Parameter> {
         let count = shape.iter().product();
         let numbers: Vec<f32> = match self {
             Self::Zero => vec![0.0; count],
@@ -29,6 +35,6 @@ impl Start {
                 (0..count).map(number).collect()
             }
         };
-        Parameter::trained(name, &Tensor::from_vec(numbers, shape, &Device::Cpu)?)
+        Parameter::trained(name, &Tensor::from_vec(numbers, shape, device)?)
     }
 }

@@ -36,9 +36,9 @@ pub(super) fn apply(model: &mut Model, adapter: &PeftAdapter) -> Result<(), Adap
             ));
         }
         if model.is_embedding(name) {
-            model.set_embedding_lora(embedding(name, stored)?);
+            model.set_embedding_lora(embedding(name, stored, model.device())?);
         } else {
-            let lora = linear(name, stored, adapter.config().lora_dropout)?;
+            let lora = linear(name, stored, adapter.config().lora_dropout, model.device())?;
             if model.is_head(name) && lora.magnitude.is_some() && lora.dropout > 0.0 {
                 return Err(AdapterError::Conflict {
                     why: "use_dora with lora_dropout is not supported on the output layer".into(),
@@ -74,7 +74,7 @@ fn whole_tensors(model: &mut Model, adapter: &PeftAdapter) -> Result<(), Adapter
         if !values.iter().all(|value| value.is_finite()) {
             return Err(other_base(adapter, name, "it holds NaN or infinity".into()));
         }
-        let tensor = Tensor::from_vec(values, view.shape, &Device::Cpu)?;
+        let tensor = Tensor::from_vec(values, view.shape, model.device())?;
         match model.replace(name, &tensor)? {
             Ok(()) => {}
             Err(None) => return Err(other_base(adapter, name, "the model has no such tensor".into())),
@@ -87,33 +87,42 @@ fn whole_tensors(model: &mut Model, adapter: &PeftAdapter) -> Result<(), Adapter
     Ok(())
 }
 
-fn parameter(name: String, values: &[f32], shape: &[usize]) -> candle_core::Result<Parameter> {
-    Parameter::trained(name, &Tensor::from_vec(values.to_vec(), shape, &Device::Cpu)?)
+fn parameter(
+    name: String,
+    values: &[f32],
+    shape: &[usize],
+    device: &Device,
+) -> candle_core::Result<Parameter> {
+    Parameter::trained(name, &Tensor::from_slice(values, shape, device)?)
 }
 
-fn magnitude(module: &str, stored: &LoraModule) -> candle_core::Result<Option<Magnitude>> {
+fn magnitude(module: &str, stored: &LoraModule, device: &Device) -> candle_core::Result<Option<Magnitude>> {
     let make = |values: &Vec<f32>| {
-        let parameter = parameter(format!("{module}.lora_magnitude_vector"), values, &[values.len()])?;
+        let name = format!("{module}.lora_magnitude_vector");
+        let parameter = parameter(name, values, &[values.len()], device)?;
         Ok(Magnitude::new(parameter))
     };
     stored.magnitude.as_ref().map(make).transpose()
 }
 
-fn linear(module: &str, stored: &LoraModule, dropout: f64) -> candle_core::Result<Lora> {
-    let bias = |values: &Vec<f32>| parameter(format!("{module}.lora_B.bias"), values, &[values.len()]);
+fn linear(module: &str, stored: &LoraModule, dropout: f64, device: &Device) -> candle_core::Result<Lora> {
+    let bias =
+        |values: &Vec<f32>| parameter(format!("{module}.lora_B.bias"), values, &[values.len()], device);
     Ok(Lora {
         a: parameter(
             format!("{module}.lora_A.weight"),
             &stored.lora_a,
             &[stored.rank, stored.n_in],
+            device,
         )?,
         b: parameter(
             format!("{module}.lora_B.weight"),
             &stored.lora_b,
             &[stored.n_out, stored.rank],
+            device,
         )?,
         bias: stored.bias.as_ref().map(bias).transpose()?,
-        magnitude: magnitude(module, stored)?,
+        magnitude: magnitude(module, stored, device)?,
         scale: f64::from(stored.scale),
         dropout,
     })
@@ -121,16 +130,17 @@ fn linear(module: &str, stored: &LoraModule, dropout: f64) -> candle_core::Resul
 
 /// The reader has an embedding's pair as that of a linear layer: its `lora_b` is `lora_embedding_A`, a row a token,
 /// and its `lora_a` is `lora_embedding_B` the other way round.
-fn embedding(module: &str, stored: &LoraModule) -> candle_core::Result<EmbeddingLora> {
-    let b = Tensor::from_slice(&stored.lora_a, (stored.rank, stored.n_in), &Device::Cpu)?;
+fn embedding(module: &str, stored: &LoraModule, device: &Device) -> candle_core::Result<EmbeddingLora> {
+    let b = Tensor::from_slice(&stored.lora_a, (stored.rank, stored.n_in), device)?;
     Ok(EmbeddingLora {
         a: parameter(
             format!("{module}.lora_embedding_A"),
             &stored.lora_b,
             &[stored.n_out, stored.rank],
+            device,
         )?,
         b: Parameter::trained(format!("{module}.lora_embedding_B"), &b.t()?.contiguous()?)?,
-        magnitude: magnitude(module, stored)?,
+        magnitude: magnitude(module, stored, device)?,
         scale: f64::from(stored.scale),
     })
 }

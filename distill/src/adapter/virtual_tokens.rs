@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 use pipit_convert::adapter::PeftAdapter;
 use pipit_convert::checkpoint::TensorFiles;
 use serde::{Deserialize, Serialize};
@@ -192,7 +192,7 @@ pub(super) fn apply(model: &mut Model, config: &VirtualTokensConfig, dir: &Path)
     if !values.iter().all(|value| value.is_finite()) {
         return Err(other_base("it holds NaN or infinity".into()));
     }
-    let tensor = Tensor::from_vec(values, (n, width), &Device::Cpu)?;
+    let tensor = Tensor::from_vec(values, (n, width), model.device())?;
     model.set_virtual_tokens(match config.peft_type {
         VirtualTokensType::Prompt => VirtualTokens::Prompt(Parameter::trained(TENSOR.into(), &tensor)?),
         VirtualTokensType::Prefix => {

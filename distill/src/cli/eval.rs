@@ -39,6 +39,15 @@ pub struct Args {
     /// The folder's weights in NF4, as --method qlora has them; a GGUF file has its own blocks
     #[arg(long)]
     load_in_4bit: bool,
+    /// Where to compute: the CPU, or a GPU that this program was built for
+    #[arg(long, value_name = "cpu|cuda[:N]|metal[:N]", default_value = "cpu")]
+    device: String,
+    /// On a GPU: compute in bfloat16
+    #[arg(long)]
+    bf16: bool,
+    /// On a GPU: compute in float16
+    #[arg(long)]
+    fp16: bool,
     /// Rows: `messages`, or `prompt` and `completion`, or `text`
     #[arg(long, value_name = "F.jsonl|F.parquet")]
     data: PathBuf,
@@ -89,7 +98,8 @@ fn evaluate(args: &Args, output: Output, stop: &AtomicBool) -> anyhow::Result<()
         true => Keep::Nf4 { double_quant: true },
         false => Keep::Frozen,
     };
-    let mut model = Model::open_as(&args.model, keep)?;
+    let place = super::place(&args.device, args.bf16, args.fp16)?;
+    let mut model = Model::open_on(&args.model, keep, &place)?;
     if let Some(dir) = &args.adapter {
         Adapter::load(&mut model, dir)?;
     }

@@ -160,6 +160,12 @@ options! {
     packing: bool = false, "A forward pass takes as many rows as fit into its sequences of --max-length tokens; no row sees another";
     #[arg(num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
     gradient_checkpointing: bool = false, "Keep no activations, compute them again: less memory, one more forward pass, the same bits [default: true with qlora]";
+    #[arg(value_name = "cpu|cuda[:N]|metal[:N]")]
+    device: String = "cpu".into(), "Where to train: the CPU, or a GPU that this program was built for [default: cpu]";
+    #[arg(num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
+    bf16: bool = false, "On a GPU: hidden states and frozen weights in bfloat16; what is trained stays in f32";
+    #[arg(num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
+    fp16: bool = false, "The same in float16, with loss scaling, for GPUs without bfloat16";
     learning_rate: f64 = 2e-4, "The learning rate after the warm-up [default: 2e-4]";
     num_train_epochs: f64 = 3.0, "Passes over the data, where --max-steps is not given [default: 3]";
     max_steps: usize = 0, "Steps to do, whatever the number of passes";

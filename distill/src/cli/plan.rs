@@ -9,6 +9,7 @@ use super::options::{DistillationOptions, Method, OpdGiven, SftConfig, SftOption
 use super::sft::{self, Asked, Prepared, train_options};
 use super::{Output, UsageError, opd};
 use crate::data::DataReport;
+use crate::device::Precision;
 use crate::memory::{self, Sizes};
 use crate::model::{Mode, Model};
 use crate::plan::{DataFile, Measured, Parameters, Plan, Work};
@@ -138,10 +139,13 @@ pub(super) fn of(config: &SftConfig, facts: &Facts<'_>, options: &TrainOptions) 
     );
     let work = Work::sum(plan_steps(facts.lengths.clone(), options), &facts.lengths);
     let sizes = sizes(config.method, facts, options, &parameters, &work);
-    // What is in memory beside the weights: the program, the tokenizer, the data.
+    // What is in memory beside the weights: the program, the tokenizer, the data. A GPU has the numbers only.
     let held = sizes.weights + 4 * sizes.adapters + facts.teacher_bytes;
-    let resident = memory::resident();
-    let program = resident.map_or(64 << 20, |resident| resident.now.saturating_sub(held));
+    let on_cpu = model.device().is_cpu();
+    let resident = memory::resident().filter(|_| on_cpu);
+    let program = resident.map_or(if on_cpu { 64 << 20 } else { 0 }, |resident| {
+        resident.now.saturating_sub(held)
+    });
     let loading = resident.map_or(0, |resident| resident.peak);
     let file = |path: &Path| DataFile::read(path).with_context(|| format!("cannot read {}", path.display()));
     let eval_file = facts
@@ -160,7 +164,7 @@ pub(super) fn of(config: &SftConfig, facts: &Facts<'_>, options: &TrainOptions) 
         work,
         warmup_steps: options.warmup_steps,
         memory: sizes.plan(program, loading),
-        available_memory_bytes: memory::available(),
+        available_memory_bytes: model.place().available(),
         measured: None,
     })
 }
@@ -176,9 +180,10 @@ fn sizes(
     let config = model.config();
     let adapters = parameters.kinds.iter().find(|kind| kind.kind == "adapters");
     let adapters = adapters.map_or(0, |kind| kind.trained as u64);
-    let dense = model
-        .weights()
-        .map(|weight| 4 * weight.get(Mode::INFERENCE).elem_count() as u64);
+    let dense = model.weights().map(|weight| {
+        let tensor = weight.get(Mode::INFERENCE);
+        (tensor.elem_count() * tensor.dtype().size_in_bytes()) as u64
+    });
     let weights = dense.chain(model.quantized().map(|rows| rows.bytes() as u64));
     // A soft prompt stands before every sequence; a prefix is not among the rows.
     let virtual_rows = match method {
@@ -207,6 +212,12 @@ fn sizes(
                 .moves_at_once(options.sampling.gradient_accumulation_steps))
         .then(|| waiting(model)),
         loss_chunk: options.loss_chunk,
+        half: model.place().precision != Precision::Fp32,
+        // On a GPU the scores of one layer exist together.
+        scores: match model.device().is_cpu() {
+            true => 0,
+            false => work.largest_pass_rows * config.num_attention_heads * facts.report.longest.pow(2),
+        },
     }
 }
 
@@ -272,7 +283,10 @@ fn measure(
     // Two steps: AdamW's moments are there in the second.
     options.steps = 2;
     train(model, &largest, &[], &options, None, &stop, |_| Ok(()))?;
-    let peak_memory_bytes = memory::resident().map(|resident| resident.peak);
+    let on_cpu = model.device().is_cpu();
+    let peak_memory_bytes = memory::resident()
+        .map(|resident| resident.peak)
+        .filter(|_| on_cpu);
     options.steps = steps;
     let outcome = train(model, &prepared.samples, &[], &options, None, &stop, |_| Ok(()))?;
     Ok(Measured {

@@ -32,7 +32,10 @@ const FREE: [&str; 11] = [
     "resume_from_checkpoint",
 ];
 /// Settings that may change, but then the run is not what it would have been without a stop.
-const OTHER_RESULT: [&str; 11] = [
+const OTHER_RESULT: [&str; 14] = [
+    "device",
+    "bf16",
+    "fp16",
     "max_steps",
     "num_train_epochs",
     "learning_rate",

@@ -425,7 +425,8 @@ pub(super) fn open(config: &mut SftConfig, method_is_given: bool) -> anyhow::Res
             double_quant: config.bnb_4bit_use_double_quant,
         },
     };
-    let mut model = Model::open_as(&config.model, keep)?;
+    let place = super::place(&config.device, config.bf16, config.fp16)?;
+    let mut model = Model::open_on(&config.model, keep, &place)?;
     let encoder = Encoder::open(&config.model, model.config().vocab_size)?;
     let adapter = adapter::put_on(&mut model, &encoder, config, method_is_given)?;
     let longest = model.longest();

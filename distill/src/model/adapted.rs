@@ -1,9 +1,10 @@
 //! What an adapter needs to know of a model, and to change in it.
 
-use candle_core::{Device, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor};
 
 use super::ops::frozen_embedding;
 use super::{EmbeddingLora, HEAD, Lora, Mode, Model, Parameter, VirtualTokens, Weight};
+use crate::device::Place;
 
 /// A module that can carry a low-rank adapter, by its name in the checkpoint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -127,21 +128,22 @@ impl Model {
     }
 
     /// The lengths of a module's rows under an adapter, `[out]`.
-    pub(crate) fn norms(&self, module: &str, lora: &Lora) -> Result<Vec<f32>> {
+    pub(crate) fn norms(&self, module: &str, lora: &Lora) -> Result<Tensor> {
         match self.matrix(module) {
             Some(weight) => lora.row_norms(&weight.frozen()),
-            None => Ok(Vec::new()),
+            None => candle_core::bail!("{module}: there is no such module"),
         }
     }
 
     /// The lengths of the embedding's columns under an adapter, `[hidden_size]`.
-    pub(crate) fn embedding_norms(&self, lora: &EmbeddingLora) -> Result<Vec<f32>> {
+    pub(crate) fn embedding_norms(&self, lora: &EmbeddingLora) -> Result<Tensor> {
         lora.column_norms(&self.embed_tokens.weight.frozen())
     }
 
     /// The embeddings of tokens without any adapter, as the first block gets them, `[tokens, hidden_size]`.
     pub(crate) fn embeddings_of(&self, ids: &[u32]) -> Result<Tensor> {
-        self.scaled(frozen_embedding(&self.embed_tokens.weight.frozen(), &ids.into())?)
+        let rows = frozen_embedding(&self.embed_tokens.weight.frozen(), &ids.into())?;
+        self.scaled(self.place.put(&rows)?)
     }
 
     /// The names of all weights, quantised ones too.
@@ -165,10 +167,11 @@ impl Model {
     pub(crate) fn train(&mut self, wanted: &dyn Fn(&str) -> bool) -> Result<()> {
         let head = format!("{HEAD}.weight");
         if self.head.weight.is_none() && (wanted(&head) || wanted(self.embed_tokens.weight.name())) {
-            self.head.weight = Some(self.embed_tokens.weight.copy(head)?);
+            self.head.weight = Some(self.embed_tokens.weight.copy(head, &self.place.device)?);
         }
+        let device = self.place.device.clone();
         for weight in self.matrices_mut().filter(|weight| wanted(weight.name())) {
-            weight.train()?;
+            weight.train(&device)?;
         }
         let biases = self.linears_mut().filter_map(|linear| linear.bias.as_mut());
         for bias in biases.filter(|bias| wanted(&bias.name)) {
@@ -189,10 +192,14 @@ impl Model {
     ) -> Result<std::result::Result<(), Option<Vec<usize>>>> {
         if name == format!("{HEAD}.weight") && self.head.weight.is_none() {
             // PEFT stores the shared matrix under both names.
-            let shared = self.embed_tokens.weight.copy(name.to_owned())?;
+            let shared = self
+                .embed_tokens
+                .weight
+                .copy(name.to_owned(), &self.place.device)?;
             let same = |ours: &Parameter| -> Result<bool> {
-                let values = |tensor: &Tensor| tensor.flatten_all()?.to_vec1::<f32>();
-                Ok(values(ours.get(Mode::INFERENCE))? == values(tensor)?)
+                let ours = ours.get(Mode::INFERENCE);
+                let values = |tensor: &Tensor| tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>();
+                Ok(values(ours)? == values(&tensor.to_dtype(ours.dtype())?)?)
             };
             if shared.dims() == tensor.dims() && shared.dense().map(same).transpose()? == Some(true) {
                 return Ok(Ok(()));
@@ -238,6 +245,11 @@ impl Model {
 
     /// Where its numbers are.
     pub fn device(&self) -> &Device {
-        self.norm.weight.get(Mode::INFERENCE).device()
+        &self.place.device
+    }
+
+    /// Where its numbers are, and the type that it computes in.
+    pub fn place(&self) -> &Place {
+        &self.place
     }
 }

@@ -18,9 +18,10 @@ use super::{
     VirtualTokens, Weight,
 };
 use crate::batch::{Batch, positions};
+use crate::device::Place;
 use crate::loss::{Measures, Objective, Taught};
 
-/// A model whose weights are frozen or trained, with or without an adapter. f32, on the CPU.
+/// A model whose weights are frozen or trained, with or without an adapter.
 #[derive(Debug)]
 pub struct Model {
     config: Config,
@@ -30,6 +31,7 @@ pub struct Model {
     pub(super) head: Head,
     pub(super) virtual_tokens: Option<VirtualTokens>,
     ropes: Vec<RopeTable>,
+    pub(super) place: Place,
 }
 
 impl Model {
@@ -38,8 +40,13 @@ impl Model {
         Self::open_as(path, if train { Keep::Trained } else { Keep::Frozen })
     }
 
-    /// Loads a checkpoint folder or a GGUF file.
+    /// Loads a checkpoint folder or a GGUF file, to compute in f32 on the CPU.
     pub fn open_as(path: &Path, keep: Keep) -> std::result::Result<Self, ModelError> {
+        Self::open_on(path, keep, &Place::default())
+    }
+
+    /// The same to compute in a type on a device: frozen matrices are kept in that type, and what is trained in f32.
+    pub fn open_on(path: &Path, keep: Keep, place: &Place) -> std::result::Result<Self, ModelError> {
         let source = Source::open(path)?;
         if keep == Keep::Trained && matches!(source, Source::File(_)) {
             return Err(ModelError::Blocks {
@@ -48,7 +55,7 @@ impl Model {
         }
         let config = source.config()?;
         let table = [config.vocab_size, config.hidden_size];
-        let mut loader = Loader::new(&source, keep);
+        let mut loader = Loader::new(&source, keep, place);
         let embed_tokens = loader.weight("model.embed_tokens.weight".into(), table)?;
         let mut layers: Vec<Box<dyn Block>> = Vec::new();
         for i in 0..config.num_hidden_layers {
@@ -69,6 +76,7 @@ impl Model {
         })?;
         Ok(Self {
             ropes: config.rope_tables(),
+            place: place.clone(),
             config,
             embed_tokens: Embedding {
                 weight: embed_tokens,
@@ -190,10 +198,11 @@ impl Model {
     /// The embeddings, `[rows, hidden_size]`: what the first block gets. Those of a soft prompt stand before the tokens'
     /// of every sequence.
     pub fn embed(&self, batch: &Batch, pass: &Pass) -> Result<Tensor> {
-        let tokens = self.scaled(self.embed_tokens.forward(batch, pass.mode)?)?;
+        let tokens = self.scaled(self.embed_tokens.forward(batch, pass.mode, &self.place)?)?;
         match &self.virtual_tokens {
             Some(VirtualTokens::Prompt(prompt)) if pass.virtual_rows > 0 => {
-                put_before(prompt.get(pass.mode), &tokens, &pass.token_starts)
+                let prompt = prompt.get(pass.mode).to_dtype(tokens.dtype())?;
+                put_before(&prompt, &tokens, &pass.token_starts)
             }
             _ => Ok(tokens),
         }
@@ -262,7 +271,7 @@ impl Model {
         if let Some(prefix) = self.virtual_tokens.as_ref().and_then(VirtualTokens::prefix) {
             for i in 0..self.blocks() {
                 let [k, v] = prefix.keys_and_values(i, Mode::INFERENCE)?;
-                cache.put_before(i, &k, &v)?;
+                cache.put_before(i, &self.place.put(&k)?, &self.place.put(&v)?)?;
             }
         }
         Ok(cache)

@@ -51,7 +51,7 @@ impl Linear {
             (_, weight) => frozen_linear(x, &weight.frozen())?,
         };
         match &self.bias {
-            Some(bias) => y.broadcast_add(bias.get(mode)),
+            Some(bias) => y.broadcast_add(&bias.get(mode).to_dtype(y.dtype())?),
             None => Ok(y),
         }
     }

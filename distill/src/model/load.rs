@@ -2,14 +2,15 @@
 
 use std::sync::Arc;
 
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 
-use super::quantized::Nf4;
+use super::quantized::{Nf4, Nf4OnDevice};
 use super::source::Source;
 use super::{Linear, ModelError, Parameter, Weight};
+use crate::device::Place;
 
 /// What becomes of a model's weights when they are loaded. The matrices of a GGUF file stay the file's own blocks,
-/// frozen, whatever is asked for.
+/// frozen, whatever is asked for; on a GPU they are the numbers that the blocks stand for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Keep {
     /// f32, trained.
@@ -20,7 +21,8 @@ pub enum Keep {
     /// is given back at once; norms and biases are f32. All are frozen.
     Mapped,
     /// The blocks' linear layers in NF4, which is QLoRA's base. Embedding and output layer are read from the
-    /// checkpoint's file in their own type when they are needed; norms and biases are f32. All are frozen.
+    /// checkpoint's file in their own type when they are needed (on a GPU they are in its memory); norms and biases are
+    /// f32. All are frozen.
     Nf4 {
         /// Whether the scales are quantised too: bitsandbytes' `bnb_4bit_use_double_quant`.
         double_quant: bool,
@@ -31,14 +33,16 @@ pub enum Keep {
 pub(crate) struct Loader<'a> {
     source: &'a Source,
     keep: Keep,
+    place: &'a Place,
     used: Vec<String>,
 }
 
 impl<'a> Loader<'a> {
-    pub(crate) fn new(source: &'a Source, keep: Keep) -> Self {
+    pub(crate) fn new(source: &'a Source, keep: Keep, place: &'a Place) -> Self {
         Self {
             source,
             keep,
+            place,
             used: Vec::new(),
         }
     }
@@ -66,27 +70,31 @@ impl<'a> Loader<'a> {
         Ok(data)
     }
 
-    /// A tensor in f32.
+    /// A tensor: in f32 where it is trained, or a vector (a norm, a bias); else in the type that is computed in.
     pub(crate) fn parameter(&mut self, name: String, shape: &[usize]) -> Result<Parameter, ModelError> {
-        let tensor = Tensor::from_vec(self.numbers(&name, shape)?, shape, &Device::Cpu)?;
+        let tensor = Tensor::from_vec(self.numbers(&name, shape)?, shape, &self.place.device)?;
         Ok(match self.keep {
             Keep::Trained => Parameter::trained(name, &tensor)?,
-            Keep::Frozen | Keep::Mapped | Keep::Nf4 { .. } => Parameter::frozen(name, &tensor),
+            Keep::Frozen | Keep::Mapped | Keep::Nf4 { .. } if shape.len() == 1 => {
+                Parameter::frozen(name, &tensor)
+            }
+            Keep::Frozen | Keep::Mapped | Keep::Nf4 { .. } => {
+                Parameter::frozen(name, &self.place.put(&tensor)?)
+            }
         })
     }
 
     /// A matrix that stays as it is in the checkpoint, or becomes f32.
     pub(crate) fn weight(&mut self, name: String, shape: [usize; 2]) -> Result<Weight, ModelError> {
         match (self.source, self.keep) {
-            (Source::Folder(_), Keep::Trained | Keep::Frozen) => {
-                Ok(Weight::Dense(self.parameter(name, &shape)?))
-            }
-            (Source::File(_), _) | (_, Keep::Mapped | Keep::Nf4 { .. }) => {
+            (Source::File(_), _) | (_, Keep::Mapped | Keep::Nf4 { .. }) if self.place.device.is_cpu() => {
                 self.check_shape(&name, &shape)?;
                 Ok(Weight::Quantized(
                     self.source.rows(&name, self.keep == Keep::Mapped)?,
                 ))
             }
+            // A GPU does not read files: there they are numbers in its memory.
+            _ => Ok(Weight::Dense(self.parameter(name, &shape)?)),
         }
     }
 
@@ -102,7 +110,11 @@ impl<'a> Loader<'a> {
         let weight = match (self.source, self.keep) {
             (Source::Folder(_), Keep::Nf4 { double_quant }) => {
                 let numbers = self.numbers(&name, &shape)?;
-                Weight::Quantized(Arc::new(Nf4::quantize(name, &numbers, shape, double_quant)))
+                let blocks = Nf4::quantize(name, &numbers, shape, double_quant);
+                Weight::Quantized(match self.place.device.is_cpu() {
+                    true => Arc::new(blocks),
+                    false => Arc::new(Nf4OnDevice::new(blocks, &self.place.device)?),
+                })
             }
             _ => self.weight(name, shape)?,
         };

@@ -5,7 +5,7 @@ use std::sync::{Mutex, PoisonError};
 
 use candle_core::{Result, Tensor};
 
-use super::ops::{Adapted, Dropout, Frozen, embedding, frozen_linear, linear, lora_linear};
+use super::ops::{Adapted, Dropout, Frozen, embedding, frozen_linear, is_composed, linear, lora_linear};
 use super::{Mode, Parameter, Weight};
 use crate::random::mix;
 
@@ -69,16 +69,20 @@ impl Magnitude {
         &self,
         pair: [&Parameter; 2],
         mode: Mode,
-        norms: impl Fn() -> Result<Vec<f32>>,
+        norms: impl Fn() -> Result<Tensor>,
     ) -> Result<Tensor> {
         let magnitude = self.parameter.get(mode);
+        // On a device it is quicker to compute them than to look at A and B.
+        if is_composed(magnitude) {
+            return magnitude / norms()?;
+        }
         let values = |parameter: &Parameter| parameter.get(Mode::INFERENCE).flatten_all()?.to_vec1::<f32>();
         let values = [values(pair[0])?, values(pair[1])?];
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         let norms = match &*known {
             Some(known) if known.values == values => known.norms.clone(),
             _ => {
-                let norms = Tensor::from_vec(norms()?, magnitude.dims(), magnitude.device())?;
+                let norms = norms()?;
                 *known = Some(Known {
                     values,
                     norms: norms.clone(),
@@ -115,7 +119,7 @@ impl Lora {
         let y = match &self.magnitude {
             None => lora_linear(x, &frozen, a, b, self.scale, dropout)?,
             Some(magnitude) => {
-                let factors = self.factors(magnitude, &frozen, mode)?;
+                let factors = self.factors(magnitude, &frozen, mode)?.to_dtype(x.dtype())?;
                 match dropout {
                     None => lora_linear(x, &frozen, a, b, self.scale, None)?.broadcast_mul(&factors)?,
                     // PEFT drops the inputs of the whole product that the magnitudes multiply, and keeps the base's.
@@ -129,7 +133,7 @@ impl Lora {
             }
         };
         match &self.bias {
-            Some(bias) => y.broadcast_add(&(bias.get(mode) * self.scale)?),
+            Some(bias) => y.broadcast_add(&(bias.get(mode) * self.scale)?.to_dtype(y.dtype())?),
             None => Ok(y),
         }
     }
@@ -140,7 +144,7 @@ impl Lora {
     }
 
     /// The lengths of the rows of W + scale·B·A, `[out]`.
-    pub(super) fn row_norms(&self, weight: &Frozen) -> Result<Vec<f32>> {
+    pub(super) fn row_norms(&self, weight: &Frozen) -> Result<Tensor> {
         let (left, right) = (self.b.get(Mode::INFERENCE), self.a.get(Mode::INFERENCE));
         let scale = self.scale;
         Adapted {
@@ -178,16 +182,16 @@ impl EmbeddingLora {
         mode: Mode,
     ) -> Result<Tensor> {
         let added = linear(&embedding(self.a.get(mode), ids)?, self.b.get(mode))?;
-        let sum = (rows + (added * self.scale)?)?;
+        let sum = (rows + (added * self.scale)?.to_dtype(rows.dtype())?)?;
         let Some(magnitude) = &self.magnitude else {
             return Ok(sum);
         };
         let factors = magnitude.factors([&self.a, &self.b], mode, || self.column_norms(&weight.frozen()))?;
-        sum.broadcast_mul(&factors)
+        sum.broadcast_mul(&factors.to_dtype(sum.dtype())?)
     }
 
     /// The lengths of the columns of W + scale·A·Bᵀ, `[hidden_size]`.
-    pub(super) fn column_norms(&self, weight: &Frozen) -> Result<Vec<f32>> {
+    pub(super) fn column_norms(&self, weight: &Frozen) -> Result<Tensor> {
         let right = self.b.get(Mode::INFERENCE).t()?.contiguous()?;
         let (left, scale) = (self.a.get(Mode::INFERENCE), self.scale);
         let right = &right;

@@ -1,10 +1,13 @@
-//! Differentiable operations for the CPU, each with a real backward pass.
+//! Differentiable operations, each with a real backward pass: kernels for f32 on the CPU, and the same composed of
+//! candle's primitives for other devices and types.
 //!
 //! candle's own fused operations cut the gradient without a word, and its matmul computes and keeps the
 //! gradient of frozen weights; these do neither. Each file has its forward, its backward and a gradient check
 //! in f64. Every operation works on a batch without padding: rows are the tokens of all sequences.
 
 mod attention;
+#[cfg(any(feature = "mkl", feature = "accelerate"))]
+mod blas;
 mod composed;
 mod cross_entropy;
 mod distillation;
@@ -26,6 +29,9 @@ mod virtual_rows;
 
 pub use attention::{Heads, attention};
 pub(crate) use attention::{Sequence, attend};
+#[cfg(test)]
+pub(crate) use composed::forced;
+pub(crate) use composed::is_for as is_composed;
 pub use cross_entropy::{cross_entropy, frozen_cross_entropy, lora_cross_entropy};
 pub use distillation::{Distillation, distillation_loss, frozen_distillation_loss, lora_distillation_loss};
 pub use embedding::{embedding, frozen_embedding};

@@ -1,6 +1,6 @@
 //! Tensors that are frozen or trained, and how a forward pass is meant.
 
-use candle_core::{Result, Tensor, Var};
+use candle_core::{DType, Result, Tensor, Var};
 
 /// How a forward pass is meant.
 #[derive(Debug, Clone, Copy, Default)]
@@ -46,9 +46,9 @@ impl Parameter {
         }
     }
 
-    /// A weight that is trained.
+    /// A weight that is trained: in f32, whatever type the model computes in.
     pub fn trained(name: String, tensor: &Tensor) -> Result<Self> {
-        let var = Var::from_tensor(tensor)?;
+        let var = Var::from_tensor(&tensor.to_dtype(DType::F32)?)?;
         Ok(Self {
             name,
             tensor: var.as_detached_tensor(),
@@ -64,9 +64,12 @@ impl Parameter {
         Ok(())
     }
 
-    /// Gives it other values of the same shape; it stays trained or frozen.
+    /// Gives it other values of the same shape; it stays trained or frozen, where it is and of its type.
     pub(super) fn replace(&mut self, tensor: &Tensor) -> Result<()> {
         let name = std::mem::take(&mut self.name);
+        let tensor = &tensor
+            .to_device(self.tensor.device())?
+            .to_dtype(self.tensor.dtype())?;
         *self = match self.var {
             Some(_) => Self::trained(name, tensor)?,
             None => Self::frozen(name, tensor),

@@ -3,9 +3,11 @@
 mod gguf;
 mod mapped;
 mod nf4;
+mod nf4_on_device;
 mod scales;
 
 pub use gguf::GgufRows;
 pub use mapped::MappedRows;
 pub use nf4::Nf4;
+pub use nf4_on_device::Nf4OnDevice;
 pub use scales::{Scales, dynamic_map};

@@ -141,6 +141,7 @@ impl Prefix {
         mode: Mode,
     ) -> Result<[Tensor; 2]> {
         let [keys, values] = self.keys_and_values(block, mode)?;
+        let (keys, values) = (keys.to_dtype(k.dtype())?, values.to_dtype(v.dtype())?);
         Ok([put_before(&keys, k, starts)?, put_before(&values, v, starts)?])
     }
 }

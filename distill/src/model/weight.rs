@@ -4,7 +4,8 @@ use std::fmt::Debug;
 use std::ops::Range;
 use std::sync::Arc;
 
-use candle_core::{Device, Result, Tensor, Var};
+use candle_core::{DType, Device, Result, Tensor, Var};
+use rayon::prelude::*;
 
 use super::ops::Frozen;
 use super::{Mode, Parameter};
@@ -21,7 +22,22 @@ pub trait QuantizedRows: Debug + Send + Sync {
     fn bytes(&self) -> usize;
     /// A part was read and is no longer needed: what is seldom read from a file may give its memory back.
     fn used(&self) {}
+
+    /// All of it as numbers on a device. Blocks that are in the computer's memory become numbers there, and are sent.
+    fn on(&self, device: &Device, dtype: DType) -> Result<Tensor> {
+        let [rows, columns] = self.dims();
+        let mut numbers = vec![0.0; rows * columns];
+        let parts = numbers.par_chunks_mut((ROWS * columns).max(1)).enumerate();
+        parts.for_each(|(i, out)| {
+            let start = i * ROWS;
+            self.dequantize(start..start + out.len() / columns, out);
+        });
+        Tensor::from_vec(numbers, (rows, columns), device)?.to_dtype(dtype)
+    }
 }
+
+/// Rows that a thread dequantises at a time.
+const ROWS: usize = 16;
 
 /// A matrix `[out, in]`.
 #[derive(Debug)]
@@ -55,29 +71,27 @@ impl Weight {
     /// The bytes that it takes, in memory or in a mapped file.
     pub fn bytes(&self) -> usize {
         match self {
-            Self::Dense(_) => self.dims().iter().product::<usize>() * 4,
+            Self::Dense(parameter) => {
+                let tensor = parameter.get(Mode::INFERENCE);
+                tensor.elem_count() * tensor.dtype().size_in_bytes()
+            }
             Self::Quantized(rows) => rows.bytes(),
         }
     }
 
-    /// A frozen matrix of another name with the same numbers, in memory.
-    pub(super) fn copy(&self, name: String) -> Result<Self> {
+    /// A frozen matrix of another name with the same numbers, in the memory of a device: that of the model.
+    pub(super) fn copy(&self, name: String, device: &Device) -> Result<Self> {
         let tensor = match self {
             Self::Dense(parameter) => parameter.get(Mode::INFERENCE).clone(),
-            Self::Quantized(matrix) => {
-                let [rows, columns] = matrix.dims();
-                let mut numbers = vec![0.0; rows * columns];
-                matrix.dequantize(0..rows, &mut numbers);
-                Tensor::from_vec(numbers, (rows, columns), &Device::Cpu)?
-            }
+            Self::Quantized(matrix) => matrix.on(device, DType::F32)?,
         };
         Ok(Self::Dense(Parameter::frozen(name, &tensor)))
     }
 
     /// Makes it a trained one; quantised blocks become numbers in memory.
-    pub(super) fn train(&mut self) -> Result<()> {
+    pub(super) fn train(&mut self, device: &Device) -> Result<()> {
         if matches!(self, Self::Quantized(_)) {
-            *self = self.copy(self.name().to_owned())?;
+            *self = self.copy(self.name().to_owned(), device)?;
         }
         match self {
             Self::Dense(parameter) => parameter.train(),

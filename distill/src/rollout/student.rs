@@ -1,6 +1,6 @@
 //! The model that is trained goes on with sequences.
 
-use candle_core::{Result, Tensor};
+use candle_core::{DType, Result, Tensor};
 
 use super::Decode;
 use crate::batch::Batch;
@@ -28,7 +28,7 @@ impl<'a> Student<'a> {
         let last: Vec<u32> = starts.windows(2).map(|w| (w[1] - 1) as u32).collect();
         let rows = Tensor::from_vec(last, starts.len() - 1, hidden.device())?;
         let logits = self.model.logits(&hidden.index_select(&rows, 0)?)?;
-        logits.flatten_all()?.to_vec1()
+        logits.to_dtype(DType::F32)?.flatten_all()?.to_vec1()
     }
 }
 
@@ -47,14 +47,13 @@ impl Decode for Student<'_> {
         let mut cache = self.model.cache(prompts.len())?;
         let batch = Batch::unlabelled(prompts.iter().copied());
         let hidden = self.model.hidden_cached(&batch, &mut cache)?;
-        cache.repeat(copies);
-        self.cache.append(cache);
+        cache.repeat(copies)?;
+        self.cache.append(cache)?;
         self.last_logits(&batch, &hidden)
     }
 
     fn retain(&mut self, keep: &[bool]) -> Result<()> {
-        self.cache.retain(keep);
-        Ok(())
+        self.cache.retain(keep)
     }
 
     fn next(&mut self, tokens: &[u32]) -> Result<Vec<f32>> {

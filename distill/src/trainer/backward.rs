@@ -56,7 +56,7 @@ pub(super) fn backward(
 }
 
 fn value(loss: &Tensor) -> Result<f64> {
-    loss.to_dtype(DType::F64)?.to_scalar()
+    Ok(f64::from(loss.to_dtype(DType::F32)?.to_scalar::<f32>()?))
 }
 
 /// A block that leads to something trained.

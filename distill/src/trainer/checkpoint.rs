@@ -17,6 +17,7 @@ use pipit_convert::checkpoint::TensorFiles;
 use pipit_convert::output::OutputDir;
 use serde::{Deserialize, Serialize};
 
+use super::loss_scale::LossScale;
 use super::{Learner, Progress};
 use crate::export::write_tensors;
 use crate::random::mix;
@@ -123,6 +124,9 @@ fn resume_hint(path: &Path) -> String {
 struct State {
     #[serde(flatten)]
     progress: Progress,
+    /// In fp16 only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    loss_scale: Option<LossScale>,
     data_fingerprint: String,
     version: String,
 }
@@ -200,17 +204,18 @@ impl Checkpoints<'_> {
             match parts[i % parts.len()] {
                 Part::Weights => numbers(learner.trained()[tensor].1),
                 Part::ExpAvg => {
-                    let [mean, _] = learner.optimizer().moments(tensor);
+                    let [mean, _] = learner.optimizer().moments(tensor)?;
                     Ok(mean)
                 }
                 Part::ExpAvgSq => {
-                    let [_, square] = learner.optimizer().moments(tensor);
+                    let [_, square] = learner.optimizer().moments(tensor)?;
                     Ok(square)
                 }
             }
         })?;
         let state = State {
             progress: progress.clone(),
+            loss_scale: learner.loss_scale(),
             data_fingerprint: format!("{data:016x}"),
             version: env!("CARGO_PKG_VERSION").to_owned(),
         };
@@ -258,9 +263,12 @@ impl Checkpoints<'_> {
             let (name, var) = learner.trained()[i];
             let [mean, square] =
                 [Part::ExpAvg, Part::ExpAvgSq].map(|part| files.take(&part.name(name), var.dims()));
-            learner.optimizer_mut().set_moments(i, [mean?, square?]);
+            learner.optimizer_mut().set_moments(i, [mean?, square?])?;
         }
         learner.optimizer_mut().set_steps(state.progress.global_step);
+        if let Some(loss_scale) = state.loss_scale {
+            learner.set_loss_scale(loss_scale);
+        }
         Ok(state.progress)
     }
 

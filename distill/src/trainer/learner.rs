@@ -3,11 +3,13 @@
 
 use std::collections::HashMap;
 
-use candle_core::{DType, Result, Tensor, TensorId, Var};
+use candle_core::{Result, Tensor, TensorId, Var};
 
 use super::TrainError;
 use super::backward::{Way, backward};
+use super::loss_scale::LossScale;
 use crate::batch::Batch;
+use crate::device::Precision;
 use crate::model::{Mode, Model};
 use crate::optimizer::{AdamW, AdamWOptions, clip_factor, global_norm, square_sum};
 
@@ -39,6 +41,8 @@ pub struct Learner<'a> {
     /// The block that alone has it, by trained tensor.
     blocks: Vec<Option<usize>>,
     optimizer: AdamW,
+    /// In fp16 only.
+    loss_scale: Option<LossScale>,
     /// Of the step that is under way, in the order of `trained`.
     gradients: Vec<Option<Tensor>>,
 }
@@ -63,6 +67,7 @@ impl<'a> Learner<'a> {
             model,
             options,
             optimizer: AdamW::new(trained.iter().map(|(_, var)| (*var).clone()), options.adamw),
+            loss_scale: (model.place().precision == Precision::Fp16).then(LossScale::default),
             gradients: vec![None; trained.len()],
             trained,
         }
@@ -88,6 +93,25 @@ impl<'a> Learner<'a> {
         &mut self.optimizer
     }
 
+    /// The factor of the loss, to be saved; none but in fp16.
+    pub fn loss_scale(&self) -> Option<LossScale> {
+        self.loss_scale
+    }
+
+    /// Goes on with a factor of the loss that was saved.
+    pub fn set_loss_scale(&mut self, saved: LossScale) {
+        self.loss_scale = self.loss_scale.map(|_| saved);
+    }
+
+    /// Lowers the factor of the loss after gradients that are not finite. True when the step is to be done again.
+    pub fn lower_loss_scale(&mut self) -> bool {
+        self.loss_scale.as_mut().is_some_and(LossScale::lower)
+    }
+
+    fn loss_factor(&self) -> f64 {
+        self.loss_scale.map_or(1.0, LossScale::factor)
+    }
+
     /// One forward and backward pass, whose gradients are added to those of the step. `loss_of` makes of the hidden
     /// states after the last norm a scalar, a **sum** over tokens, for the step to be divided once. Returns its value.
     pub fn accumulate(
@@ -102,6 +126,11 @@ impl<'a> Learner<'a> {
             true => Way::Recompute,
             false => Way::Whole,
         };
+        let factor = self.loss_factor();
+        let loss_of = |hidden: &Tensor| match factor {
+            1.0 => loss_of(hidden),
+            factor => loss_of(hidden)? * factor,
+        };
         let loss = backward(self.model, batch, mode, way, loss_of, |mut part| {
             for ((_, var), sum) in self.trained.iter().zip(&mut of_pass) {
                 add(sum, part.gradients.remove(var))?;
@@ -111,12 +140,13 @@ impl<'a> Learner<'a> {
         for (sum, gradient) in self.gradients.iter_mut().zip(of_pass) {
             add(sum, gradient)?;
         }
-        Ok(loss)
+        Ok(loss / factor)
     }
 
     /// Whether a step of so many forward passes can be a [`step`](Self::step).
     pub fn moves_at_once(&self, passes: usize) -> bool {
-        self.options.moves_at_once(passes)
+        // With a scaled loss all gradients must be seen to be finite first.
+        self.options.moves_at_once(passes) && self.loss_scale.is_none()
     }
 
     /// A forward and backward pass that is a whole step: every weight moves as soon as its gradient is known, and the
@@ -194,22 +224,31 @@ impl<'a> Learner<'a> {
                 tensor: (*name).to_owned(),
             })?);
         }
-        let norm = global_norm(&tensors)? / count as f64;
-        Ok(Gradients { tensors, count, norm })
+        let divisor = count as f64 * self.loss_factor();
+        let norm = global_norm(&tensors)? / divisor;
+        Ok(Gradients {
+            tensors,
+            divisor,
+            norm,
+        })
     }
 
     /// Moves the weights.
     pub fn update(&mut self, gradients: &Gradients, learning_rate: f64) -> Result<()> {
-        let scale = clip_factor(gradients.norm, self.options.max_grad_norm) / gradients.count as f64;
-        self.optimizer.step(&gradients.tensors, learning_rate, scale)
+        let scale = clip_factor(gradients.norm, self.options.max_grad_norm) / gradients.divisor;
+        self.optimizer.step(&gradients.tensors, learning_rate, scale)?;
+        if let Some(loss_scale) = &mut self.loss_scale {
+            loss_scale.advance();
+        }
+        Ok(())
     }
 
     /// The first trained tensor that holds NaN or infinity.
     pub fn not_finite(&self) -> Result<Option<&'a str>> {
         for (name, var) in &self.trained {
             // NaN and infinity survive a sum of magnitudes.
-            let sum = var.as_detached_tensor().abs()?.sum_all()?.to_dtype(DType::F64)?;
-            if !sum.to_scalar::<f64>()?.is_finite() {
+            let sum = var.as_detached_tensor().abs()?.sum_all()?;
+            if !sum.to_scalar::<f32>()?.is_finite() {
                 return Ok(Some(name));
             }
         }
@@ -257,7 +296,8 @@ fn add(sum: &mut Option<Tensor>, more: Option<Tensor>) -> Result<()> {
 #[derive(Debug)]
 pub struct Gradients {
     tensors: Vec<Tensor>,
-    count: usize,
+    /// Tokens, times the factor of the loss.
+    divisor: f64,
     /// The norm of all gradients together after the division, before clipping.
     pub norm: f64,
 }

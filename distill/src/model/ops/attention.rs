@@ -75,7 +75,7 @@ pub fn attention(
     starts: Arc<[usize]>,
     key_starts: Arc<[usize]>,
 ) -> Result<Tensor> {
-    if !q.device().is_cpu() {
+    if composed::is_for(q) {
         return composed::attention(q, k, v, heads, &starts, &key_starts);
     }
     q.apply_op3(

@@ -1,137 +1,84 @@
-//! The operations for devices other than the CPU, composed of candle's own differentiable primitives (never of its
-//! fused ones, which cut the gradient). They run on the CPU too, where the tests hold them against the kernels.
+//! The operations for devices other than the CPU and for numbers of 16 bits, composed of candle's own differentiable
+//! primitives (never of its fused ones, which cut the gradient). They run on the CPU too, where the tests hold them
+//! against the kernels.
 //!
-//! Norms, exponentials and losses are computed in f32, whatever the type of the numbers.
+//! The numbers have the type of the hidden states; what is trained is f32 and is brought to that type where it is used,
+//! so that its gradient is f32 again. Norms, rotations, exponentials and losses are computed in f32 all the same.
 
-use std::sync::{Mutex, PoisonError};
+mod attention;
+mod given;
+mod loss;
 
-use candle_core::backend::BackendStorage as _;
-use candle_core::{
-    CpuStorage, CudaStorage, CustomOp1, CustomOp2, D, DType, Device, Layout, MetalStorage, Result, Shape,
-    Storage, Tensor,
-};
+pub(super) use attention::attention;
+use candle_core::{D, DType, Device, Result, Tensor};
+use given::{given, recomputed};
+pub(super) use loss::{cross_entropy, frozen_cross_entropy, lora_cross_entropy};
 
-use super::{Dropout, Frozen, Heads, Rotation, Targets};
+use super::{Dropout, Frozen, Rotation};
 
-/// An operation whose result is known already and whose gradients are functions of the result's.
-struct Given<F> {
-    name: &'static str,
-    result: Tensor,
-    backward: F,
+#[cfg(test)]
+thread_local! {
+    static FORCED: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
 }
 
-impl<F> Given<F> {
-    fn cpu(&self) -> Result<(CpuStorage, Shape)> {
-        let (storage, layout) = self.result.storage_and_layout();
-        match &*storage {
-            Storage::Cpu(storage) => Ok((storage.try_clone(layout)?, self.result.shape().clone())),
-            _ => candle_core::bail!("{}: the result is on another device", self.name),
-        }
+/// Whether operations on x are these, and not the CPU's kernels.
+pub(crate) fn is_for(x: &Tensor) -> bool {
+    #[cfg(test)]
+    if FORCED.get() {
+        return true;
     }
-
-    fn cuda(&self) -> Result<(CudaStorage, Shape)> {
-        let (storage, layout) = self.result.storage_and_layout();
-        match &*storage {
-            Storage::Cuda(storage) => Ok((storage.try_clone(layout)?, self.result.shape().clone())),
-            _ => candle_core::bail!("{}: the result is on another device", self.name),
-        }
-    }
-
-    fn metal(&self) -> Result<(MetalStorage, Shape)> {
-        let (storage, layout) = self.result.storage_and_layout();
-        match &*storage {
-            Storage::Metal(storage) => Ok((storage.try_clone(layout)?, self.result.shape().clone())),
-            _ => candle_core::bail!("{}: the result is on another device", self.name),
-        }
-    }
+    !x.device().is_cpu() || matches!(x.dtype(), DType::BF16 | DType::F16)
 }
 
-impl<F: Fn(&Tensor) -> Result<Tensor>> CustomOp1 for Given<F> {
-    fn name(&self) -> &'static str {
-        self.name
-    }
-    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
-        self.cpu()
-    }
-    fn cuda_fwd(&self, _: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
-        self.cuda()
-    }
-    fn metal_fwd(&self, _: &MetalStorage, _: &Layout) -> Result<(MetalStorage, Shape)> {
-        self.metal()
-    }
-    fn bwd(&self, _: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        (self.backward)(grad).map(Some)
-    }
-}
-
-impl<F: Fn(&Tensor) -> Result<[Tensor; 2]>> CustomOp2 for Given<F> {
-    fn name(&self) -> &'static str {
-        self.name
-    }
-    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
-        self.cpu()
-    }
-    fn cuda_fwd(
-        &self,
-        _: &CudaStorage,
-        _: &Layout,
-        _: &CudaStorage,
-        _: &Layout,
-    ) -> Result<(CudaStorage, Shape)> {
-        self.cuda()
-    }
-    fn metal_fwd(
-        &self,
-        _: &MetalStorage,
-        _: &Layout,
-        _: &MetalStorage,
-        _: &Layout,
-    ) -> Result<(MetalStorage, Shape)> {
-        self.metal()
-    }
-    fn bwd(
-        &self,
-        _: &Tensor,
-        _: &Tensor,
-        _: &Tensor,
-        grad: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let [first, second] = (self.backward)(grad)?;
-        Ok((Some(first), Some(second)))
-    }
-}
-
-/// [`super::rms_norm`].
-pub(super) fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
-    let wide = wide(x)?;
-    let scale = (wide.sqr()?.mean_keepdim(D::Minus1)? + eps)?.sqrt()?.recip()?;
-    wide.broadcast_mul(&scale)?
-        .to_dtype(x.dtype())?
-        .broadcast_mul(weight)
+/// Sends the CPU through these operations too, while `work` runs on this thread.
+#[cfg(test)]
+pub(crate) fn forced<T>(work: impl FnOnce() -> T) -> T {
+    FORCED.set(true);
+    let done = work();
+    FORCED.set(false);
+    done
 }
 
 /// f32, or f64 where the numbers are f64 (in gradient checks).
 fn wide(x: &Tensor) -> Result<Tensor> {
-    if x.dtype() == DType::F64 {
-        Ok(x.clone())
-    } else {
-        x.to_dtype(DType::F32)
+    match x.dtype() {
+        DType::F64 => Ok(x.clone()),
+        _ => x.to_dtype(DType::F32),
     }
+}
+
+/// [`super::rms_norm`], with the factor `offset` + weight.
+pub(super) fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64, offset: f64) -> Result<Tensor> {
+    recomputed("rms_norm", [x, weight], move |[x, weight]| {
+        let wide_x = wide(x)?;
+        let scale = (wide_x.sqr()?.mean_keepdim(D::Minus1)? + eps)?.sqrt()?.recip()?;
+        let factor = (wide(weight)? + offset)?;
+        wide_x
+            .broadcast_mul(&scale)?
+            .broadcast_mul(&factor)?
+            .to_dtype(x.dtype())
+    })
 }
 
 /// [`super::swiglu`].
 pub(super) fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
-    gate.silu()? * up
+    recomputed("swiglu", [gate, up], |[gate, up]| {
+        (wide(gate)?.silu()? * wide(up)?)?.to_dtype(gate.dtype())
+    })
 }
 
 /// [`super::geglu`].
 pub(super) fn geglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
-    // Not candle's `gelu`, whose gradient has constants of six digits.
-    let cubic = gate.sqr()?.affine(0.044_715, 1.0)?;
-    let tanh = (gate * cubic)?
-        .affine((2.0 / std::f64::consts::PI).sqrt(), 0.0)?
-        .tanh()?;
-    (gate * tanh.affine(0.5, 0.5)?)? * up
+    recomputed("geglu", [gate, up], |[gate, up]| {
+        let wide_gate = wide(gate)?;
+        // Not candle's `gelu`, whose gradient has constants of six digits.
+        let cubic = wide_gate.sqr()?.affine(0.044_715, 1.0)?;
+        let tanh = (&wide_gate * cubic)?
+            .affine((2.0 / std::f64::consts::PI).sqrt(), 0.0)?
+            .tanh()?;
+        let gelu = (wide_gate * tanh.affine(0.5, 0.5)?)?;
+        (gelu * wide(up)?)?.to_dtype(gate.dtype())
+    })
 }
 
 /// [`super::embedding`].
@@ -141,108 +88,34 @@ pub(super) fn embedding(table: &Tensor, ids: &[u32]) -> Result<Tensor> {
 
 /// [`super::rope`].
 pub(super) fn rope(x: &Tensor, rotation: &Rotation) -> Result<Tensor> {
-    let (rows, width) = x.dims2()?;
-    let d = rotation.head_dim();
-    let [cos, sin] = rotation.on(x.device(), x.dtype())?;
-    let x = x.reshape((rows, width / d, d))?;
-    let (one, two) = (x.narrow(2, 0, d / 2)?, x.narrow(2, d / 2, d / 2)?);
-    let first = (one.broadcast_mul(&cos)? - two.broadcast_mul(&sin)?)?;
-    let second = (two.broadcast_mul(&cos)? + one.broadcast_mul(&sin)?)?;
-    Tensor::cat(&[first, second], 2)?.reshape((rows, width))
-}
-
-/// [`super::attention`]: the sequences are padded to the longest, for this operation only.
-pub(super) fn attention(
-    q: &Tensor,
-    k: &Tensor,
-    v: &Tensor,
-    heads: Heads,
-    starts: &[usize],
-    key_starts: &[usize],
-) -> Result<Tensor> {
-    let device = q.device();
-    let lengths = |starts: &[usize]| starts.windows(2).map(|w| w[1] - w[0]).collect::<Vec<_>>();
-    let (queries, keys) = (lengths(starts), lengths(key_starts));
-    let sequences = queries.len();
-    let longest = |lengths: &[usize]| lengths.iter().copied().max().unwrap_or(0);
-    let (nq, nk, d, group) = (
-        longest(&queries),
-        longest(&keys),
-        heads.head_dim,
-        heads.heads / heads.kv_heads,
-    );
-    // Rows beyond a sequence's end repeat its last one, so that nothing is ever undefined.
-    let padded = |x: &Tensor, starts: &[usize], lengths: &[usize], longest: usize, heads: usize| {
-        let rows: Vec<u32> = starts
-            .iter()
-            .zip(lengths)
-            .flat_map(|(start, length)| (0..longest).map(move |i| (start + i.min(length - 1)) as u32))
-            .collect();
-        let rows = Tensor::from_vec(rows, sequences * longest, device)?;
-        x.index_select(&rows, 0)?
-            .reshape((sequences, longest, heads, d))?
-            .transpose(1, 2)?
-            .contiguous()
-    };
-    let q =
-        padded(q, starts, &queries, nq, heads.heads)?.reshape((sequences * heads.kv_heads, group * nq, d))?;
-    let k = padded(k, key_starts, &keys, nk, heads.kv_heads)?.reshape((sequences * heads.kv_heads, nk, d))?;
-    let v = padded(v, key_starts, &keys, nk, heads.kv_heads)?.reshape((sequences * heads.kv_heads, nk, d))?;
-    let scores = wide(&q.matmul(&k.t()?)?)?.affine(heads.scale, 0.0)?;
-    let scores = scores.reshape((sequences, heads.heads, nq, nk))?;
-    let positions: Vec<i64> = queries
-        .iter()
-        .zip(&keys)
-        .flat_map(|(queries, keys)| (0..nq).map(move |i| (keys - queries + i.min(queries - 1)) as i64))
-        .collect();
-    let at_query = Tensor::from_vec(positions, (sequences, 1, nq, 1), device)?;
-    let at_key = Tensor::arange(0, nk as i64, device)?.reshape((1, 1, 1, nk))?;
-    let mut seen = at_query.broadcast_ge(&at_key)?;
-    if let Some(window) = heads.window {
-        let within = at_query.broadcast_sub(&at_key)?.lt(window as i64)?;
-        seen = (seen * within)?;
-    }
-    let seen = seen.broadcast_as(scores.shape())?;
-    let hidden = Tensor::new(f32::NEG_INFINITY, device)?
-        .to_dtype(scores.dtype())?
-        .broadcast_as(scores.shape())?;
-    let scores = seen.where_cond(&scores, &hidden)?;
-    let exp = scores
-        .broadcast_sub(&scores.max_keepdim(D::Minus1)?.detach())?
-        .exp()?;
-    let probabilities = exp
-        .broadcast_div(&exp.sum_keepdim(D::Minus1)?)?
-        .to_dtype(v.dtype())?;
-    let out = probabilities
-        .reshape((sequences * heads.kv_heads, group * nq, nk))?
-        .matmul(&v)?;
-    let out = out
-        .reshape((sequences, heads.heads, nq, d))?
-        .transpose(1, 2)?
-        .reshape((sequences * nq, heads.q_width()))?;
-    let real: Vec<u32> = queries
-        .iter()
-        .enumerate()
-        .flat_map(|(s, length)| (0..*length).map(move |i| (s * nq + i) as u32))
-        .collect();
-    out.index_select(&Tensor::new(real, device)?, 0)
+    let rotation = rotation.clone();
+    recomputed("rope", [x], move |[x]| {
+        let (rows, width) = x.dims2()?;
+        let d = rotation.head_dim();
+        let heads = wide(x)?.reshape((rows, width / d, d))?;
+        let [cos, sin] = rotation.on(x.device(), heads.dtype())?;
+        let (one, two) = (heads.narrow(2, 0, d / 2)?, heads.narrow(2, d / 2, d / 2)?);
+        let first = (one.broadcast_mul(&cos)? - two.broadcast_mul(&sin)?)?;
+        let second = (two.broadcast_mul(&cos)? + one.broadcast_mul(&sin)?)?;
+        Tensor::cat(&[first, second], 2)?
+            .reshape((rows, width))?
+            .to_dtype(x.dtype())
+    })
 }
 
 /// [`super::frozen_linear`]: candle's own product would compute and keep the gradient of the weight.
 pub(super) fn frozen_linear(x: &Tensor, weight: &Frozen) -> Result<Tensor> {
     let result = x.detach().matmul(&weight.on(x.device(), x.dtype())?.t()?)?;
-    let (weight, device, dtype) = (weight.clone(), x.device().clone(), x.dtype());
-    let backward = move |dy: &Tensor| dy.matmul(&weight.on(&device, dtype)?);
-    x.apply_op1(Given {
-        name: "linear",
-        result,
-        backward,
+    let weight = weight.clone();
+    given("linear", &[x], result, move |args, dy| {
+        let weight = weight.on(args[0].device(), args[0].dtype())?;
+        Ok(vec![Some(dy.matmul(&weight)?)])
     })
 }
 
 /// [`super::linear`].
 pub(super) fn linear(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
-    x.matmul(&weight.t()?)
+    x.matmul(&weight.to_dtype(x.dtype())?.t()?)
 }
 
 /// [`super::lora_linear`].
@@ -254,123 +127,73 @@ pub(super) fn lora_linear(
     scale: f64,
     dropout: Option<Dropout>,
 ) -> Result<Tensor> {
-    let dropped = match dropout {
-        Some(dropout) => {
-            let factors: Vec<f64> = (0..x.elem_count()).map(|i| dropout.factor(i)).collect();
-            // Converted before the move: not every device knows f64.
-            let factors = Tensor::from_vec(factors, x.shape(), &Device::Cpu)?.to_dtype(x.dtype())?;
-            x.mul(&factors.to_device(x.device())?)?
-        }
-        None => x.clone(),
+    // Candle's graph would keep the parts of the sum too.
+    let adapter = move |x: &Tensor, a: &Tensor, b: &Tensor| -> Result<Adapter> {
+        let mask = dropout.map(|dropout| dropout.mask(x)).transpose()?;
+        let (a, b) = (a.detach().to_dtype(x.dtype())?, b.detach().to_dtype(x.dtype())?);
+        let dropped = mask
+            .as_ref()
+            .map_or_else(|| Ok(x.detach()), |mask| x.detach() * mask)?;
+        let down = dropped.matmul(&a.t()?)?;
+        Ok(Adapter {
+            mask,
+            dropped,
+            a,
+            b,
+            down,
+        })
     };
-    let added = dropped
-        .matmul(&lora_a.t()?)?
-        .matmul(&lora_b.t()?)?
-        .affine(scale, 0.0)?;
-    frozen_linear(x, weight)? + added
-}
-
-/// The loss and its gradients by hidden and, where it is trained, by the weight, a chunk of rows at a time.
-struct Sums {
-    loss: Tensor,
-    d_hidden: Tensor,
-    d_weight: Option<Tensor>,
-}
-
-fn sums(hidden: &Tensor, weight: &Tensor, targets: &Targets, with_dw: bool) -> Result<Sums> {
-    let device = hidden.device();
-    let hidden = hidden.detach();
-    let zero = Tensor::zeros((), wide(&hidden)?.dtype(), device)?;
-    let mut sums = Sums {
-        loss: zero,
-        d_hidden: hidden.zeros_like()?,
-        d_weight: with_dw.then(|| weight.zeros_like()).transpose()?,
-    };
-    for chunk in targets.rows.chunks(targets.chunk.max(1)) {
-        let rows = Tensor::new(
-            chunk.iter().map(|(row, _)| *row as u32).collect::<Vec<_>>(),
-            device,
-        )?;
-        let tokens =
-            Tensor::new(chunk.iter().map(|(_, token)| *token).collect::<Vec<_>>(), device)?.unsqueeze(1)?;
-        let x = hidden.index_select(&rows, 0)?;
-        let logits = wide(&x.matmul(&weight.t()?)?)?;
-        let shifted = logits.broadcast_sub(&logits.max_keepdim(1)?)?;
-        let exp = shifted.exp()?;
-        let sum = exp.sum_keepdim(1)?;
-        let losses = (sum.log()? - shifted.gather(&tokens, 1)?)?;
-        sums.loss = (&sums.loss + losses.sum_all()?)?;
-        let minus_one = Tensor::full(-1f32, tokens.shape(), device)?.to_dtype(exp.dtype())?;
-        let d_logits = exp
-            .broadcast_div(&sum)?
-            .scatter_add(&tokens, &minus_one, 1)?
-            .to_dtype(x.dtype())?;
-        sums.d_hidden = sums.d_hidden.index_add(&rows, &d_logits.matmul(weight)?, 0)?;
-        if let Some(d_weight) = &mut sums.d_weight {
-            *d_weight = (&*d_weight + d_logits.t()?.matmul(&x)?)?;
+    let Adapter { down, b, .. } = adapter(x, lora_a, lora_b)?;
+    let base = x.detach().matmul(&weight.on(x.device(), x.dtype())?.t()?)?;
+    let result = (base + down.matmul(&b.t()?)?.affine(scale, 0.0)?)?;
+    let weight = weight.clone();
+    given("lora_linear", &[x, lora_a, lora_b], result, move |args, dy| {
+        let [x, lora_a, lora_b] = args else {
+            candle_core::bail!("lora_linear: {} arguments", args.len())
+        };
+        let Adapter {
+            mask,
+            dropped,
+            a,
+            b,
+            down,
+        } = adapter(x, lora_a, lora_b)?;
+        let d_down = dy.matmul(&b)?.affine(scale, 0.0)?;
+        let da = d_down.t()?.matmul(&dropped)?.to_dtype(lora_a.dtype())?;
+        let db = dy
+            .t()?
+            .matmul(&down)?
+            .affine(scale, 0.0)?
+            .to_dtype(lora_b.dtype())?;
+        if !x.track_op() {
+            return Ok(vec![None, Some(da), Some(db)]);
         }
-    }
-    Ok(sums)
-}
-
-/// [`super::frozen_cross_entropy`].
-pub(super) fn frozen_cross_entropy(hidden: &Tensor, weight: &Frozen, targets: &Targets) -> Result<Tensor> {
-    let sums = sums(
-        hidden,
-        &weight.on(hidden.device(), hidden.dtype())?,
-        targets,
-        false,
-    )?;
-    let kept = Mutex::new(Some(sums.d_hidden));
-    let backward = move |grad: &Tensor| scaled(&take(&kept)?, grad);
-    hidden.apply_op1(Given {
-        name: "cross_entropy",
-        result: sums.loss,
-        backward,
+        let through = d_down.matmul(&a)?;
+        let through = mask.map_or_else(|| Ok(through.clone()), |mask| &through * mask)?;
+        let dx = (dy.matmul(&weight.on(x.device(), x.dtype())?)? + through)?;
+        Ok(vec![Some(dx), Some(da), Some(db)])
     })
 }
 
-/// [`super::cross_entropy`].
-pub(super) fn cross_entropy(hidden: &Tensor, weight: &Tensor, targets: &Targets) -> Result<Tensor> {
-    let sums = sums(hidden, &weight.detach(), targets, true)?;
-    let kept = Mutex::new(Some((sums.d_hidden, sums.d_weight)));
-    let backward = move |grad: &Tensor| match take(&kept)? {
-        (d_hidden, Some(d_weight)) => Ok([scaled(&d_hidden, grad)?, scaled(&d_weight, grad)?]),
-        _ => candle_core::bail!("cross_entropy: no gradient of the weight"),
-    };
-    hidden.apply_op2(
-        weight,
-        Given {
-            name: "cross_entropy",
-            result: sums.loss,
-            backward,
-        },
-    )
-}
-
-/// What was kept for the backward pass, which is given away so that it does not stay in memory.
-fn take<T>(kept: &Mutex<Option<T>>) -> Result<T> {
-    match kept.lock().unwrap_or_else(PoisonError::into_inner).take() {
-        Some(kept) => Ok(kept),
-        None => candle_core::bail!("cross_entropy: backward twice"),
-    }
-}
-
-fn scaled(gradient: &Tensor, grad: &Tensor) -> Result<Tensor> {
-    gradient.broadcast_mul(&grad.to_dtype(gradient.dtype())?)
+/// What a low-rank adapter computes on the way, without a graph.
+struct Adapter {
+    /// The dropout's factors.
+    mask: Option<Tensor>,
+    /// Its input, `[rows, in]`.
+    dropped: Tensor,
+    /// In the type of the input.
+    a: Tensor,
+    b: Tensor,
+    /// `[rows, r]`.
+    down: Tensor,
 }
 
 impl Frozen {
-    /// The whole matrix on a device.
+    /// The whole matrix on a device, in a type. What is there already in this type is not copied.
     pub(super) fn on(&self, device: &Device, dtype: DType) -> Result<Tensor> {
         match self {
             Self::Dense(tensor) => tensor.detach().to_dtype(dtype),
-            Self::Quantized(rows) => {
-                let [out, input] = rows.dims();
-                let mut numbers = vec![0.0; out * input];
-                rows.dequantize(0..out, &mut numbers);
-                Tensor::from_vec(numbers, (out, input), device)?.to_dtype(dtype)
-            }
+            Self::Quantized(rows) => rows.on(device, dtype),
         }
     }
 }
@@ -381,7 +204,7 @@ mod tests {
 
     use super::*;
     use crate::model::ops::gradcheck::random;
-    use crate::model::ops::{self, RopeTable};
+    use crate::model::ops::{self, Heads, RopeTable, Targets};
 
     /// Values and gradients of both, for a loss that weighs every element otherwise.
     fn same(vars: &[&Var], ours: impl Fn() -> Result<Tensor>, composed: impl Fn() -> Result<Tensor>) {
@@ -424,7 +247,12 @@ mod tests {
         same(
             &[&x, &w],
             || ops::rms_norm(&x, &w, 1e-5),
-            || rms_norm(&x, &w, 1e-5),
+            || rms_norm(&x, &w, 1e-5, 0.0),
+        );
+        same(
+            &[&x, &w],
+            || ops::rms_norm_plus_one(&x, &w, 1e-5),
+            || rms_norm(&x, &w, 1e-5, 1.0),
         );
         same(&[&x, &up], || ops::swiglu(&x, &up), || swiglu(&x, &up));
         same(&[&x, &up], || ops::geglu(&x, &up), || geglu(&x, &up));
@@ -465,7 +293,7 @@ mod tests {
             || ops::frozen_linear(&x, &frozen),
             || frozen_linear(&x, &frozen),
         );
-        for dropout in [None, Some(Dropout { chance: 0.4, seed: 3 })] {
+        for dropout in [None, Some(Dropout { chance: 0.5, seed: 3 })] {
             same(
                 &[&x, &a, &b],
                 || ops::lora_linear(&x, &frozen, &a, &b, 1.7, dropout),
@@ -492,5 +320,33 @@ mod tests {
             || ops::frozen_cross_entropy(&hidden, &frozen, targets.clone()),
             || frozen_cross_entropy(&hidden, &frozen, &targets),
         );
+    }
+    #[test]
+    fn the_loss_under_an_adapter_is_the_kernel() {
+        let (hidden, w) = (random(&[5, 4], 60), random(&[7, 4], 61));
+        let (down, b, factors) = (random(&[5, 2], 62), random(&[7, 2], 63), random(&[7], 64));
+        let frozen = Frozen::Dense(w.as_detached_tensor());
+        for chunk in [1, 3, 8] {
+            let targets = Targets {
+                rows: vec![(0, 3), (2, 0), (3, 6), (4, 3)],
+                chunk,
+            };
+            for factors in [None, Some(&factors)] {
+                let vars: Vec<&Var> = [&hidden, &down, &b].into_iter().chain(factors).collect();
+                let factors = factors.map(Var::as_tensor);
+                same(
+                    &vars,
+                    || {
+                        let adapter = ops::HeadAdapter {
+                            down: &down,
+                            b: &b,
+                            factors,
+                        };
+                        ops::lora_cross_entropy(&hidden, &frozen, adapter, targets.clone())
+                    },
+                    || lora_cross_entropy(&hidden, &frozen, &down, &b, factors, &targets),
+                );
+            }
+        }
     }
 }

@@ -12,7 +12,7 @@ use super::real::Real;
 /// The **sum** over the targets of −log softmax(hidden·Wᵀ)\[token\], a scalar. hidden `[rows, d]`,
 /// weight `[vocabulary, d]`, which gets a gradient too.
 pub fn cross_entropy(hidden: &Tensor, weight: &Tensor, targets: Targets) -> Result<Tensor> {
-    if !hidden.device().is_cpu() {
+    if composed::is_for(hidden) {
         return composed::cross_entropy(hidden, weight, &targets);
     }
     head_loss(hidden, weight, targets)
@@ -20,7 +20,7 @@ pub fn cross_entropy(hidden: &Tensor, weight: &Tensor, targets: Targets) -> Resu
 
 /// The same with a weight that gets no gradient.
 pub fn frozen_cross_entropy(hidden: &Tensor, weight: &Frozen, targets: Targets) -> Result<Tensor> {
-    if !hidden.device().is_cpu() {
+    if composed::is_for(hidden) {
         return composed::frozen_cross_entropy(hidden, weight, &targets);
     }
     frozen_head_loss(hidden, weight, targets)
@@ -33,6 +33,16 @@ pub fn lora_cross_entropy(
     adapter: HeadAdapter<'_>,
     targets: Targets,
 ) -> Result<Tensor> {
+    if composed::is_for(hidden) {
+        return composed::lora_cross_entropy(
+            hidden,
+            weight,
+            adapter.down,
+            adapter.b,
+            adapter.factors,
+            &targets,
+        );
+    }
     lora_head_loss(hidden, weight, adapter, targets)
 }
 

@@ -17,13 +17,15 @@ struct Embedding {
 
 /// A table `[vocabulary, d]` and token ids → `[ids, d]`. Only a table that is a variable gets a gradient.
 pub fn embedding(table: &Tensor, ids: &Arc<[u32]>) -> Result<Tensor> {
-    if !table.device().is_cpu() {
+    let op = Embedding { ids: ids.clone() };
+    if composed::is_for(table) {
+        op.sizes(table.dims())?;
         return composed::embedding(table, ids);
     }
-    table.apply_op1(Embedding { ids: ids.clone() })
+    table.apply_op1(op)
 }
 
-/// The same of a table that gets no gradient.
+/// The same of a table that gets no gradient. Rows of a quantised one are on the CPU, in f32.
 pub fn frozen_embedding(table: &Frozen, ids: &Arc<[u32]>) -> Result<Tensor> {
     match table {
         Frozen::Dense(table) => embedding(&table.detach(), ids),

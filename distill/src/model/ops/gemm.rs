@@ -7,11 +7,11 @@ use super::real::Real;
 /// A matrix inside a slice: element (i, j) stands at `i * row_stride + j * col_stride`.
 #[derive(Clone, Copy)]
 pub(crate) struct Mat<'a, T> {
-    data: &'a [T],
-    rows: usize,
-    cols: usize,
-    row_stride: usize,
-    col_stride: usize,
+    pub(super) data: &'a [T],
+    pub(super) rows: usize,
+    pub(super) cols: usize,
+    pub(super) row_stride: usize,
+    pub(super) col_stride: usize,
 }
 
 impl<'a, T> Mat<'a, T> {
@@ -73,6 +73,10 @@ pub(crate) fn gemm<T: Real>(
                 || (mat.rows - 1) * mat.row_stride + (mat.cols - 1) * mat.col_stride < mat.data.len(),
             "a factor leaves its slice"
         );
+    }
+    #[cfg(any(feature = "mkl", feature = "accelerate"))]
+    if threads == Threads::All && super::blas::gemm(out, out_stride, keep, alpha, a, b) {
+        return;
     }
     let parallelism = match threads {
         Threads::One => Parallelism::None,

@@ -58,7 +58,7 @@ struct Glu(Activation);
 
 /// gate and up of one shape → silu(gate) · up.
 pub fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
-    if !gate.device().is_cpu() {
+    if composed::is_for(gate) {
         return composed::swiglu(gate, up);
     }
     gate.apply_op2(up, Glu(Activation::Silu))
@@ -66,7 +66,7 @@ pub fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
 
 /// gate and up of one shape → gelu(gate) · up, with GELU's tanh formula (`gelu_pytorch_tanh`).
 pub fn geglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
-    if !gate.device().is_cpu() {
+    if composed::is_for(gate) {
         return composed::geglu(gate, up);
     }
     gate.apply_op2(up, Glu(Activation::GeluTanh))

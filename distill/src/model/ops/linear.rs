@@ -18,7 +18,7 @@ struct Linear;
 
 /// x `[rows, in]`, a weight `[out, in]` that stays as it is → `[rows, out]`.
 pub fn frozen_linear(x: &Tensor, weight: &Frozen) -> Result<Tensor> {
-    if !x.device().is_cpu() {
+    if composed::is_for(x) {
         return composed::frozen_linear(x, weight);
     }
     x.apply_op1(FrozenLinear {
@@ -28,7 +28,7 @@ pub fn frozen_linear(x: &Tensor, weight: &Frozen) -> Result<Tensor> {
 
 /// x `[rows, in]`, a weight `[out, in]` that is trained → `[rows, out]`.
 pub fn linear(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
-    if !x.device().is_cpu() {
+    if composed::is_for(x) {
         return composed::linear(x, weight);
     }
     x.apply_op2(weight, Linear)

@@ -43,12 +43,6 @@ pub(super) fn lora_head_loss<C: Criterion>(
     adapter: HeadAdapter<'_>,
     criterion: C,
 ) -> Result<Tensor> {
-    if !hidden.device().is_cpu() {
-        candle_core::bail!(
-            "{}: an adapter on the output layer is trained on the CPU only",
-            C::NAME
-        );
-    }
     let HeadAdapter { down, b, factors } = adapter;
     // An operation of candle has three arguments at most: hidden and down go side by side.
     let x = Tensor::cat(&[hidden, down], 1)?.contiguous()?;

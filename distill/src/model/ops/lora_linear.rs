@@ -26,7 +26,7 @@ pub struct Dropout {
 
 impl Dropout {
     /// 0 for a dropped element, 1 / (1 − chance) for one that stays.
-    pub(super) fn factor<T: Real>(self, index: usize) -> T {
+    fn factor<T: Real>(self, index: usize) -> T {
         let uniform = (mix(self.seed ^ mix(index as u64)) >> 11) as f64 / (1u64 << 53) as f64;
         if uniform < self.chance {
             T::zero()
@@ -72,7 +72,7 @@ pub fn lora_linear(
     scale: f64,
     dropout: Option<Dropout>,
 ) -> Result<Tensor> {
-    if !x.device().is_cpu() {
+    if composed::is_for(x) {
         return composed::lora_linear(x, weight, lora_a, lora_b, scale, dropout);
     }
     let op = LoraLinear {

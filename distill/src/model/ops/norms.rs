@@ -1,9 +1,10 @@
 //! The lengths of the rows, or of the columns, of a matrix under a low-rank adapter, W + s·L·R. DoRA divides by them
 //! and treats them as constants (<https://arxiv.org/abs/2402.09353>, section 4.3), so they have no gradient.
 
-use candle_core::{DType, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor};
 use rayon::prelude::*;
 
+use super::composed;
 use super::frozen::Frozen;
 use super::gemm::{Mat, Threads, gemm};
 use super::real::with_elements;
@@ -22,9 +23,9 @@ pub(crate) struct Adapted<'a> {
 }
 
 impl Adapted<'_> {
-    /// The length of every row, `[out]`.
-    pub(crate) fn row_norms(&self) -> Result<Vec<f32>> {
-        if !self.left.device().is_cpu() {
+    /// The length of every row, `[out]`, where the adapter is.
+    pub(crate) fn row_norms(&self) -> Result<Tensor> {
+        if self.is_composed() {
             return self.composed(1);
         }
         let parts = self.blocks(|rows, columns| {
@@ -33,12 +34,12 @@ impl Adapted<'_> {
                 .map(|row| square(row).sqrt() as f32)
                 .collect::<Vec<f32>>()
         })?;
-        Ok(parts.concat())
+        tensor(parts.concat())
     }
 
-    /// The length of every column, `[in]`.
-    pub(crate) fn column_norms(&self) -> Result<Vec<f32>> {
-        if !self.left.device().is_cpu() {
+    /// The length of every column, `[in]`, where the adapter is.
+    pub(crate) fn column_norms(&self) -> Result<Tensor> {
+        if self.is_composed() {
             return self.composed(0);
         }
         let parts = self.blocks(|rows, columns| {
@@ -55,21 +56,20 @@ impl Adapted<'_> {
             all.iter_mut().zip(part).for_each(|(sum, part)| *sum += part);
             all
         });
-        Ok(sums
-            .unwrap_or_default()
-            .into_iter()
-            .map(|sum| sum.sqrt() as f32)
-            .collect())
+        let norms = sums.unwrap_or_default().into_iter();
+        tensor(norms.map(|sum| sum.sqrt() as f32).collect())
     }
 
-    /// The same of candle's own operations, for devices other than the CPU: the lengths over a dimension.
-    fn composed(&self, dim: usize) -> Result<Vec<f32>> {
-        let Frozen::Dense(weight) = self.weight else {
-            candle_core::bail!("{OP}: DoRA on a quantised matrix is computed on the CPU only")
-        };
+    fn is_composed(&self) -> bool {
+        composed::is_for(self.left)
+            || matches!(self.weight, Frozen::Dense(weight) if composed::is_for(weight))
+    }
+
+    /// The same of candle's own operations: the lengths over a dimension. The whole sum exists at one time.
+    fn composed(&self, dim: usize) -> Result<Tensor> {
+        let weight = self.weight.on(self.left.device(), DType::F32)?;
         let added = (self.left.matmul(self.right)? * self.scale)?;
-        let sum = (weight.to_dtype(DType::F32)? + added.to_dtype(DType::F32)?)?;
-        sum.sqr()?.sum(dim)?.sqrt()?.to_vec1()
+        (weight + added)?.sqr()?.sum(dim)?.sqrt()
     }
 
     /// What `f` makes of every block of rows (row-major, and the number of columns), in order.
@@ -96,6 +96,11 @@ impl Adapted<'_> {
     }
 }
 
+fn tensor(norms: Vec<f32>) -> Result<Tensor> {
+    let count = norms.len();
+    Tensor::from_vec(norms, count, &Device::Cpu)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -113,7 +118,8 @@ mod tests {
             scale: 1.5,
         };
         for (ours, dim) in [(adapted.row_norms(), 1), (adapted.column_norms(), 0)] {
-            let (ours, theirs) = (ours.unwrap(), adapted.composed(dim).unwrap());
+            let values = |norms: Result<Tensor>| norms.unwrap().to_vec1::<f32>().unwrap();
+            let (ours, theirs) = (values(ours), values(adapted.composed(dim)));
             assert_eq!(ours.len(), theirs.len());
             assert!(ours.iter().zip(theirs).all(|(a, b)| (a - b).abs() < 1e-5));
         }

@@ -19,16 +19,16 @@ struct RmsNorm {
 
 /// x `[rows, d]`, weight `[d]` → `[rows, d]`.
 pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
-    if !x.device().is_cpu() {
-        return composed::rms_norm(x, weight, eps);
+    if composed::is_for(x) {
+        return composed::rms_norm(x, weight, eps, 0.0);
     }
     x.apply_op2(weight, RmsNorm { eps, offset: 0.0 })
 }
 
 /// The same with the factor 1 + weight. Source: transformers models/gemma3, `Gemma3RMSNorm`.
 pub fn rms_norm_plus_one(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
-    if !x.device().is_cpu() {
-        return composed::rms_norm(x, &(weight + 1.0)?, eps);
+    if composed::is_for(x) {
+        return composed::rms_norm(x, weight, eps, 1.0);
     }
     x.apply_op2(weight, RmsNorm { eps, offset: 1.0 })
 }

@@ -87,7 +87,7 @@ struct Rope(Rotation);
 
 /// x `[rows, heads · head_dim]` → the same, every head of row i turned by the angles of row i's position.
 pub fn rope(x: &Tensor, rotation: &Rotation) -> Result<Tensor> {
-    if !x.device().is_cpu() {
+    if composed::is_for(x) {
         return composed::rope(x, rotation);
     }
     x.apply_op1(Rope(rotation.clone()))

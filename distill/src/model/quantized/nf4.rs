@@ -13,7 +13,7 @@ use super::scales::{Scales, torch_inverse};
 use crate::model::QuantizedRows;
 
 /// Elements that share a scale.
-const BLOCK: usize = 64;
+pub(super) const BLOCK: usize = 64;
 
 /// The values of the sixteen codes: bitsandbytes/backends/utils.py, `_NF4_QUANT_TABLE`.
 const CODES: [f32; 16] = [
@@ -47,7 +47,7 @@ const BORDERS: [f32; 15] = {
 };
 
 /// The two values of every byte, the high nibble's first.
-static PAIRS: [[f32; 2]; 256] = {
+pub(super) static PAIRS: [[f32; 2]; 256] = {
     let mut pairs = [[0.0; 2]; 256];
     let mut byte = 0;
     while byte < 256 {

@@ -9,7 +9,7 @@ use std::sync::LazyLock;
 use rayon::prelude::*;
 
 /// Scales that share a scale of their own.
-const NESTED_BLOCK: usize = 256;
+pub(super) const NESTED_BLOCK: usize = 256;
 
 /// One scale for each block of a matrix.
 #[derive(Debug, Clone, PartialEq)]
