@@ -198,7 +198,8 @@ impl Prefixes {
         proven.map(Part::bytes).sum()
     }
 
-    /// Where the parts end that have all of their tokens in common with `tokens`.
+    /// Where the parts end that have all of their tokens in common with `tokens`; past the last token when all of them are
+    /// kept.
     pub fn end(&self, adapter: Option<&str>, tokens: &[LlamaToken]) -> End {
         if self.whole {
             let there = self
@@ -221,6 +222,10 @@ impl Prefixes {
                     position: part.range().end,
                 };
             }
+        }
+        // What ends within a part is there, too.
+        if found.count == tokens.len() {
+            end.position = found.count;
         }
         end
     }
