@@ -62,8 +62,7 @@ pub struct ModelSection {
     pub cache_type_v: String,
     /// Most tokens of prefill in one step.
     pub prefill_chunk: u32,
-    /// Milliseconds that one step of prefill should take at most: between two steps a cancel is heard, and other
-    /// requests get their next token.
+    /// Milliseconds that one step of prefill should take at most: between two steps other requests get their next token.
     pub prefill_ms: u32,
     /// Bytes of memory that the model may take; 0 is what is available when it is loaded.
     pub memory_bytes: u64,
@@ -95,7 +94,7 @@ impl Default for ModelSection {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct PrefixSection {
-    /// Bytes of them in memory, outside of the context; 0 is none.
+    /// Bytes of them in memory, beside the context; 0 is none.
     pub ram_bytes: u64,
     /// Shortest one that is written to the disk, in tokens.
     pub disk_tokens: u32,
