@@ -1,15 +1,15 @@
 //! A PEFT adapter folder: `adapter_config.json` and `adapter_model.safetensors`.
 
+mod patterns;
 mod peft;
 mod to_gguf;
 mod weights;
 
 use std::collections::BTreeMap;
 
+pub use patterns::{CompiledPatterns, PatternError, Patterns};
 pub use peft::{AdapterError, PeftAdapter};
-use serde::de::{MapAccess, Visitor};
-use serde::ser::SerializeMap;
-use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::Value;
 pub use to_gguf::{GgufAdapter, GgufAdapterError};
 pub use weights::{LoraModule, TokenRows};
@@ -76,48 +76,6 @@ pub enum TargetModules {
 
 fn bias_none() -> String {
     "none".to_owned()
-}
-
-/// Regular expressions on module names with a value each. The order counts: the first that matches wins.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Patterns<T>(pub Vec<(String, T)>);
-
-impl<T> Default for Patterns<T> {
-    fn default() -> Self {
-        Self(Vec::new())
-    }
-}
-
-impl<T: Serialize> Serialize for Patterns<T> {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let mut map = serializer.serialize_map(Some(self.0.len()))?;
-        for (pattern, value) in &self.0 {
-            map.serialize_entry(pattern, value)?;
-        }
-        map.end()
-    }
-}
-
-impl<'de, T: Deserialize<'de>> Deserialize<'de> for Patterns<T> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct InOrder<T>(std::marker::PhantomData<T>);
-        impl<'de, T: Deserialize<'de>> Visitor<'de> for InOrder<T> {
-            type Value = Patterns<T>;
-
-            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-                f.write_str("an object of patterns")
-            }
-
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
-                let mut patterns = Vec::new();
-                while let Some(entry) = map.next_entry()? {
-                    patterns.push(entry);
-                }
-                Ok(Patterns(patterns))
-            }
-        }
-        deserializer.deserialize_map(InOrder(std::marker::PhantomData))
-    }
 }
 
 fn null_is_default<'de, D: Deserializer<'de>, T: Default + Deserialize<'de>>(d: D) -> Result<T, D::Error> {

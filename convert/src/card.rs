@@ -221,7 +221,7 @@ impl Card<'_> {
 }
 
 /// Text in Markdown that may come from anywhere: one line, without anything that Markdown or HTML would take up.
-fn escape(text: &str) -> String {
+pub fn escape(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for c in text.chars() {
         match c {
@@ -237,7 +237,7 @@ fn escape(text: &str) -> String {
 }
 
 /// Text between backticks or in a code block: one line, without quotation marks that would end it.
-fn code(text: &str) -> String {
+pub fn code(text: &str) -> String {
     text.chars()
         .map(|c| match c {
             '`' | '\'' => '?',
@@ -253,7 +253,7 @@ fn code_cell(text: &str) -> String {
 }
 
 /// A JSON string is a YAML string.
-fn yaml(text: &str) -> String {
+pub fn yaml(text: &str) -> String {
     serde_json::Value::from(text).to_string()
 }
 

@@ -5,11 +5,13 @@
 //! f32 without loss: every block's value is an f32 already. As f16 or bf16 they are rounded once more.
 
 mod card;
+mod gguf_checkpoint;
 mod safetensors_file;
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
+pub use gguf_checkpoint::{GgufCheckpoint, GgufTensor};
 use serde_json::{Map, Value as Json, json};
 
 use crate::arch::{self, ArchError, RowOrder, TensorRule};
@@ -101,17 +103,21 @@ pub(crate) struct Job<'a> {
     from: &'a TensorInfo,
 }
 
-/// Imports `gguf` as the folder `out`, with weights of type `kind` (F32, F16 or BF16).
-pub fn import(
-    gguf: &Gguf,
-    out: &Path,
-    kind: TensorType,
-    progress: &dyn Progress,
-) -> Result<Imported, ImportError> {
+/// What a file says besides its weights.
+struct Described {
+    arch: &'static arch::Architecture,
+    config: Map<String, Json>,
+    /// Name and content of every file of the folder but the weights.
+    files: Vec<(String, String)>,
+    rules: Vec<TensorRule>,
+    tokens: usize,
+}
+
+/// Reads the keys of a file, for weights of type `kind`.
+fn describe(gguf: &Gguf, kind: TensorType) -> Result<Described, ImportError> {
     let (arch, mut config) = arch::read(gguf)?;
     let vocab = vocab(gguf, &config)?;
     let rules = (arch.tensors)(&config)?;
-    let jobs = check_tensors(gguf, arch, &config, &rules)?;
     let dtype = match kind {
         TensorType::F16 => "float16",
         TensorType::BF16 => "bfloat16",
@@ -130,29 +136,51 @@ pub fn import(
         .get("max_position_embeddings")
         .and_then(Json::as_u64)
         .unwrap_or(0);
-
-    let write = |source| ImportError::Write {
-        path: out.to_path_buf(),
-        source,
-    };
-    let dir = OutputDir::create(out).map_err(write)?;
     let mut files = vocab.to_folder(context);
     files.push((
         "config.json".to_owned(),
-        crate::vocab::pretty(&Json::Object(config)),
+        crate::vocab::pretty(&Json::Object(config.clone())),
     ));
     files.push((
         "generation_config.json".to_owned(),
         crate::vocab::pretty(&Json::Object(generation)),
     ));
     files.extend(card::model_card(gguf).map(|text| ("README.md".to_owned(), text)));
+    Ok(Described {
+        arch,
+        config,
+        files,
+        rules,
+        tokens: vocab.tokens.len(),
+    })
+}
+
+fn write_files(files: &[(String, String)], dir: &Path) -> std::io::Result<()> {
     for (name, text) in files {
-        let path = dir.path().join(name);
+        let path = dir.join(name);
         if let Some(above) = path.parent() {
-            std::fs::create_dir_all(above).map_err(write)?;
+            std::fs::create_dir_all(above)?;
         }
-        std::fs::write(path, text).map_err(write)?;
+        std::fs::write(path, text)?;
     }
+    Ok(())
+}
+
+/// Imports `gguf` as the folder `out`, with weights of type `kind` (F32, F16 or BF16).
+pub fn import(
+    gguf: &Gguf,
+    out: &Path,
+    kind: TensorType,
+    progress: &dyn Progress,
+) -> Result<Imported, ImportError> {
+    let described = describe(gguf, kind)?;
+    let jobs = check_tensors(gguf, described.arch, &described.config, &described.rules)?;
+    let write = |source| ImportError::Write {
+        path: out.to_path_buf(),
+        source,
+    };
+    let dir = OutputDir::create(out).map_err(write)?;
+    write_files(&described.files, dir.path()).map_err(write)?;
     let total = jobs.iter().map(|job| bytes(job.rule, kind)).sum();
     progress.start("importing", total);
     let shards = write_shards(gguf, &jobs, &dir, kind, progress, &write)?;
@@ -162,12 +190,12 @@ pub fn import(
     }
     dir.commit().map_err(write)?;
     Ok(Imported {
-        architecture: arch.name,
+        architecture: described.arch.name,
         tensors: jobs.len(),
         parameters,
         shards,
         bytes: total,
-        tokens: vocab.tokens.len(),
+        tokens: described.tokens,
     })
 }
 
@@ -340,13 +368,6 @@ fn write_tensor(
     };
     let (rows, columns) = job.rule.rows_and_columns();
     let data = gguf.data(job.from);
-    let row_bytes = job.from.kind.row_bytes(columns as u64).unwrap_or(0) as usize;
-    if row_bytes * rows != data.len() {
-        return Err(failed(QuantizeError::Row {
-            row: columns,
-            kind: job.from.kind.name(),
-        }));
-    }
     let slab = (SLAB_ELEMENTS / columns.max(1)).clamp(1, rows.max(1));
     let mut values = vec![0.0; slab * columns];
     let mut encoded = Vec::new();
@@ -356,25 +377,42 @@ fn write_tensor(
         }
         let n = slab.min(rows - first);
         let values = &mut values[..n * columns];
-        match job.rule.rows {
-            RowOrder::Same => {
-                let data = &data[first * row_bytes..(first + n) * row_bytes];
-                quantize::dequantize(job.from.kind, data, columns, values).map_err(failed)?;
-            }
-            order => {
-                for (row, values) in values.chunks_exact_mut(columns).enumerate() {
-                    let at = order.to_gguf(first + row) * row_bytes;
-                    quantize::dequantize(job.from.kind, &data[at..at + row_bytes], columns, values)
-                        .map_err(failed)?;
-                }
-            }
-        }
-        job.rule.change.undo(values);
+        read_rows(job.from.kind, data, job.rule, first, values).map_err(failed)?;
         encoded.clear();
         quantize::quantize(kind, values, columns, None, &mut encoded)
             .map_err(|source| failed(source.after(first * columns)))?;
         file.write_all(&encoded).map_err(write)?;
         progress.advance(encoded.len() as u64);
     }
+    Ok(())
+}
+
+/// Whole rows of the checkpoint's tensor, from row `first` on, out of the file's blocks `data` of all its rows.
+fn read_rows(
+    kind: TensorType,
+    data: &[u8],
+    rule: &TensorRule,
+    first: usize,
+    values: &mut [f32],
+) -> Result<(), QuantizeError> {
+    let (rows, columns) = rule.rows_and_columns();
+    let row_bytes = kind.row_bytes(columns as u64).unwrap_or(0) as usize;
+    if row_bytes * rows != data.len() {
+        return Err(QuantizeError::Row {
+            row: columns,
+            kind: kind.name(),
+        });
+    }
+    if rule.rows == RowOrder::Same {
+        let n = values.len() / columns.max(1);
+        let data = &data[first * row_bytes..(first + n) * row_bytes];
+        quantize::dequantize(kind, data, columns, values)?;
+    } else {
+        for (row, values) in (first..).zip(values.chunks_exact_mut(columns)) {
+            let at = rule.rows.to_gguf(row) * row_bytes;
+            quantize::dequantize(kind, &data[at..at + row_bytes], columns, values)?;
+        }
+    }
+    rule.change.undo(values);
     Ok(())
 }

@@ -4,13 +4,14 @@
     peft_lora.py MODEL_DIR ROWS.jsonl [STEPS]
 
 ROWS.jsonl has `text` rows of at least 128 tokens each; every token is trained on, as pipit-distill does with
-`text`. Prints tokens/s (the first step is not counted) and the peak resident memory.
+`text`. Prints a JSON object: tokens/s (the first step is not counted) and the peak resident memory.
 """
 import json
 import resource
 import sys
 import time
 
+import peft
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -38,4 +39,5 @@ for step in range(steps + 1):
         tokens += ids.numel()
         seconds += time.perf_counter() - start
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-print(f"torch + peft   {tokens / seconds:7.1f} tokens/s   {peak:7.0f} MiB   loss {loss.item():.3f}")
+print(json.dumps({"torch": torch.__version__.split("+")[0], "peft": peft.__version__, "loss": loss.item(),
+                  "tokens_per_second": tokens / seconds, "peak_mib": peak}))

@@ -1,14 +1,84 @@
-//! LoRA adapters on a model: which layers, with what numbers to start from, and PEFT's files.
+//! Adapters on a model, in PEFT's forms and files: LoRA on chosen layers, soft prompts, prefixes.
 
-mod lora;
+mod kept;
+pub mod lora;
+pub mod prefix;
+pub mod prompt;
+mod save;
+mod start;
+mod stored;
 mod targets;
+mod virtual_tokens;
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-pub use lora::{LoraOptions, add, apply, save};
-use pipit_convert::adapter::AdapterError as FolderError;
-pub use targets::select;
+pub use lora::{Bias, InitLoraWeights, LoraOptions};
+use pipit_convert::adapter::{AdapterConfig, AdapterError as FolderError, PeftAdapter};
+use pipit_convert::checkpoint::CheckpointError;
+pub use prefix::PrefixOptions;
+pub use prompt::{PromptOptions, PromptStart};
+use serde_json::Value;
+pub use targets::Targets;
+pub use virtual_tokens::{PromptTuningInit, VirtualTokensConfig, VirtualTokensType};
+
+use crate::model::Model;
+
+/// What kind of adapter a model carries, as `adapter_config.json` says it.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Adapter {
+    /// Low-rank adapters.
+    Lora(AdapterConfig),
+    /// A soft prompt or a prefix.
+    VirtualTokens(VirtualTokensConfig),
+}
+
+impl Adapter {
+    /// Reads an adapter folder that PEFT or this program wrote, and puts the adapter on the model. It can be trained
+    /// further.
+    pub fn load(model: &mut Model, dir: &Path) -> Result<Self, AdapterError> {
+        let path = dir.join("adapter_config.json");
+        let bad = |e: serde_json::Error| FolderError::Config {
+            path: path.clone(),
+            why: e.to_string(),
+        };
+        if path.is_file() {
+            let read = |source| CheckpointError::Read {
+                path: path.clone(),
+                source,
+            };
+            let bytes = pipit_convert::json::read_bytes(&path)
+                .map_err(read)
+                .map_err(FolderError::from)?;
+            let json: Value = pipit_convert::json::from_slice(&bytes).map_err(bad)?;
+            match json["peft_type"].as_str() {
+                Some("PROMPT_TUNING" | "PREFIX_TUNING") => {
+                    let config: VirtualTokensConfig = serde_json::from_value(json).map_err(bad)?;
+                    config.check(&path)?;
+                    virtual_tokens::apply(model, &config, dir)?;
+                    return Ok(Self::VirtualTokens(config));
+                }
+                Some("LORA") | None => {}
+                Some(other) => {
+                    let (key, value) = ("peft_type".to_owned(), other.to_owned());
+                    return Err(FolderError::Unsupported { path, key, value }.into());
+                }
+            }
+        }
+        let adapter = PeftAdapter::open(dir)?;
+        stored::apply(model, &adapter)?;
+        Ok(Self::Lora(adapter.config().clone()))
+    }
+
+    /// The same with the checkpoint that it is on now.
+    pub fn of_base(mut self, base: &str) -> Self {
+        match &mut self {
+            Self::Lora(config) => config.base_model_name_or_path = Some(base.to_owned()),
+            Self::VirtualTokens(config) => config.base_model_name_or_path = Some(base.to_owned()),
+        }
+        self
+    }
+}
 
 /// What can be wrong with an adapter.
 #[derive(Debug, thiserror::Error)]
@@ -17,26 +87,40 @@ pub enum AdapterError {
     /// The folder cannot be read as an adapter.
     #[error(transparent)]
     Folder(#[from] FolderError),
-    /// `target_modules` names nothing that the model has.
-    #[error("target_modules {wanted:?} matches no linear layer of the model\nhint: the nearest names are {}", .nearest.join(", "))]
+    /// An option names nothing that the model has.
+    #[error("{option}: {wanted:?} matches no layer that it can be for\nhint: the nearest names are {}", .nearest.join(", "))]
     NoTarget {
+        /// The option.
+        option: &'static str,
         /// What was asked for.
         wanted: String,
         /// Names that the model has, the most similar first.
         nearest: Vec<String>,
     },
-    /// `target_modules` asks for a layer that cannot carry an adapter here.
-    #[error("target_modules {module:?}: an adapter on the embedding or the output layer is not supported")]
-    Head {
+    /// All that `target_modules` names was excluded again.
+    #[error(
+        "target_modules {target_modules:?}: no module is left\nhint: exclude_modules, modules_to_save and layers_to_transform take modules away"
+    )]
+    NothingLeft {
         /// What was asked for.
-        module: String,
+        target_modules: String,
     },
-    /// `target_modules` is no regular expression.
-    #[error("target_modules {pattern:?} is no regular expression: {why}")]
+    /// An option is no regular expression.
+    #[error(
+        "{option}: {pattern:?} is no regular expression: {why}\nhint: look-around is not supported; exclude_modules takes modules away"
+    )]
     Pattern {
-        /// What was asked for.
+        /// The option.
+        option: &'static str,
+        /// What was given.
         pattern: String,
         /// What the expression's parser said.
+        why: String,
+    },
+    /// Options that do not go together.
+    #[error("{why}")]
+    Conflict {
+        /// Which ones.
         why: String,
     },
     /// The adapter has a module that the model has not, or one of another shape.

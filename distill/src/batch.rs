@@ -60,14 +60,7 @@ impl Batch {
 
     /// The position of every token in its sequence; `before` tokens of sequence i stand in a cache already.
     pub fn positions(&self, before: &[usize]) -> Vec<u32> {
-        let lengths = self.starts.windows(2).map(|w| w[1] - w[0]);
-        lengths
-            .enumerate()
-            .flat_map(|(i, length)| {
-                let before = before.get(i).copied().unwrap_or(0);
-                (before..before + length).map(|position| position as u32)
-            })
-            .collect()
+        positions(&self.starts, before)
     }
 
     /// (row, the token that should follow it) for every label but a sequence's first, which nothing precedes.
@@ -81,6 +74,19 @@ impl Batch {
     pub fn trained_tokens(&self) -> usize {
         self.targets().len()
     }
+}
+
+/// The position of every row in its sequence, where `before` rows of sequence i went before. `starts` are the rows at
+/// which the sequences begin, and last the number of rows.
+pub(crate) fn positions(starts: &[usize], before: &[usize]) -> Vec<u32> {
+    let lengths = starts.windows(2).map(|w| w[1] - w[0]);
+    lengths
+        .enumerate()
+        .flat_map(|(i, length)| {
+            let before = before.get(i).copied().unwrap_or(0);
+            (before..before + length).map(|position| position as u32)
+        })
+        .collect()
 }
 
 #[cfg(test)]

@@ -1,7 +1,12 @@
 //! The command line of `pipit-distill`: one file a subcommand.
 
+mod adapter;
 pub mod eval;
+mod log;
 pub mod options;
+pub mod plan;
+pub mod report;
+mod resume;
 mod run;
 pub mod sft;
 
@@ -11,12 +16,15 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+use crate::data::DataReport;
+
 /// Fine-tunes small language models on this machine.
 #[derive(Debug, Parser)]
 #[command(
     name = "pipit-distill",
     version,
     after_help = "Examples:\n  \
+        pipit-distill plan --model smollm2 --data train.jsonl --method lora\n  \
         pipit-distill sft --model smollm2 --data train.jsonl --method lora -o run\n  \
         pipit-distill eval --model smollm2 --adapter run --data dev.jsonl --by language"
 )]
@@ -37,7 +45,9 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     Sft(Box<sft::Args>),
+    Plan(Box<plan::Args>),
     Eval(eval::Args),
+    Report(report::Args),
 }
 
 /// How results and progress are shown.
@@ -59,6 +69,17 @@ impl Output {
         match indicatif::ProgressStyle::with_template(template) {
             Ok(style) => bar.with_style(style),
             Err(_) => bar,
+        }
+    }
+}
+
+impl Output {
+    /// Says on standard error what became of the rows of a file.
+    pub fn warn(self, path: &Path, report: &DataReport) {
+        if !self.quiet {
+            for warning in report.warnings() {
+                eprintln!("warning: {}: {warning}", path.display());
+            }
         }
     }
 }
@@ -97,7 +118,9 @@ impl Cli {
         };
         let result = match self.command {
             Command::Sft(args) => sft::run(*args, output),
+            Command::Plan(args) => plan::run(*args, output),
             Command::Eval(args) => eval::run(&args, output),
+            Command::Report(args) => report::run(&args, output),
         };
         let Err(error) = result else {
             return ExitCode::SUCCESS;
@@ -109,19 +132,4 @@ impl Cli {
             None => ExitCode::FAILURE,
         }
     }
-}
-
-/// Refuses a GGUF file by name, where a checkpoint folder is needed.
-fn refuse_gguf(model: &Path) -> anyhow::Result<()> {
-    if model
-        .extension()
-        .is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"))
-    {
-        anyhow::bail!(
-            "{}: training and evaluation on a GGUF file are not built yet\nhint: pipit-convert import {} -o FOLDER makes a checkpoint of it",
-            model.display(),
-            model.display()
-        );
-    }
-    Ok(())
 }

@@ -1,6 +1,8 @@
-//! Training and evaluation data: JSONL rows become token sequences with labels on the answers.
+//! Training and evaluation data: rows become token sequences with labels on the answers.
 
 mod encode;
+mod parquet;
+mod report;
 mod rows;
 
 use std::io;
@@ -8,8 +10,9 @@ use std::path::PathBuf;
 
 pub use encode::{Encoder, Prompt, Sample};
 use pipit_convert::checkpoint::CheckpointError;
-pub use rows::{Content, ReadRow, Row, read_rows};
-use serde::Serialize;
+use pipit_convert::import::ImportError;
+pub use report::DataReport;
+pub use rows::{Content, ReadRow, Row, Rows, read_rows};
 
 /// What can be wrong with data, a tokenizer or a chat template.
 #[derive(Debug, thiserror::Error)]
@@ -23,9 +26,34 @@ pub enum DataError {
         /// What the system said.
         source: io::Error,
     },
+    /// The file is a Parquet file, which this program was built without.
+    #[error(
+        "{path}: this program was built without Parquet\nhint: build it with `cargo build --release -p pipit-distill --features parquet`, or write the rows as JSONL"
+    )]
+    NoParquet {
+        /// The file.
+        path: PathBuf,
+    },
+    /// A Parquet file is damaged, or of a kind that is not supported.
+    #[error("{path} cannot be read as Parquet: {why}")]
+    Parquet {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        why: String,
+    },
     /// A JSON file of the checkpoint cannot be read.
     #[error(transparent)]
     Json(#[from] CheckpointError),
+    /// The vocabulary of a GGUF file cannot be read.
+    #[error(transparent)]
+    Gguf(#[from] ImportError),
+    /// There is no place for the tokenizer of a GGUF file.
+    #[error("cannot make a temporary folder: {source}")]
+    Scratch {
+        /// What the system said.
+        source: io::Error,
+    },
     /// The tokenizer cannot be loaded, or refuses a text.
     #[error("{path}: {why}")]
     Tokenizer {
@@ -92,65 +120,4 @@ pub enum DataError {
         /// What became of the rows.
         why: String,
     },
-}
-
-/// What became of the rows of a file. Lines are counted from 1.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
-pub struct DataReport {
-    /// Lines that are not empty.
-    pub rows: usize,
-    /// Rows that are used.
-    pub used: usize,
-    /// Tokens of the rows that are used.
-    pub tokens: usize,
-    /// Tokens that are trained on.
-    pub trained_tokens: usize,
-    /// Left out: lines that are no row, with what is wrong.
-    pub broken: Vec<(usize, String)>,
-    /// Left out: rows whose answer is empty.
-    pub empty_answers: Vec<usize>,
-    /// Left out: rows of which no token is trained on, after truncation too.
-    pub without_trained_token: Vec<usize>,
-    /// Used, but cut to the largest length.
-    pub truncated: Vec<usize>,
-    /// Used, but the prompt's tokens change where the answer is added to it.
-    pub uneven_boundary: Vec<usize>,
-}
-
-impl DataReport {
-    /// One line for every kind of row that was left out or changed.
-    pub fn warnings(&self) -> Vec<String> {
-        let mut out = Vec::new();
-        if let Some((line, why)) = self.broken.first() {
-            out.push(format!(
-                "{} rows left out, not readable: line {line}: {why}{}",
-                self.broken.len(),
-                more(self.broken.len())
-            ));
-        }
-        for (what, lines) in [
-            ("rows left out, the answer is empty", &self.empty_answers),
-            ("rows left out, no token to train on", &self.without_trained_token),
-            ("rows cut to the largest length", &self.truncated),
-            (
-                "rows whose prompt is tokenised otherwise once the answer follows",
-                &self.uneven_boundary,
-            ),
-        ] {
-            if !lines.is_empty() {
-                let shown: Vec<String> = lines.iter().take(5).map(usize::to_string).collect();
-                out.push(format!(
-                    "{} {what}: lines {}{}",
-                    lines.len(),
-                    shown.join(", "),
-                    if lines.len() > 5 { ", …" } else { "" }
-                ));
-            }
-        }
-        out
-    }
-}
-
-fn more(count: usize) -> &'static str {
-    if count > 1 { ", …" } else { "" }
 }

@@ -8,11 +8,14 @@ use serde_json::Value;
 
 use crate::batch::Batch;
 use crate::data::{Prompt, Sample};
-use crate::model::{Llama, Mode};
+use crate::model::{Mode, Model};
 use crate::rollout::{Stop, greedy};
 
+/// The most keys of JSON answers that are counted singly.
+const MAX_FIELDS: usize = 32;
+
 /// Sums over some rows.
-#[derive(Debug, Clone, Copy, Default, PartialEq)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub struct Score {
     /// Rows.
     pub rows: usize,
@@ -24,10 +27,16 @@ pub struct Score {
     pub exact: usize,
     /// Rows that were answered.
     pub answered: usize,
+    /// Answered rows whose expected answer is a JSON object or list.
+    pub json: usize,
+    /// Of those, rows whose greedy answer is JSON too.
+    pub valid_json: usize,
+    /// By the keys of expected JSON objects: how often the answer has the same value there, of how many.
+    pub fields: BTreeMap<String, (usize, usize)>,
 }
 
 /// A score as it is shown.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Figures {
     /// Rows that were scored.
     pub rows: usize,
@@ -43,9 +52,41 @@ pub struct Figures {
     pub answered: usize,
     /// Tokens that the loss is over.
     pub tokens: usize,
+    /// The share of answers that are JSON, of those that should be; null where none should.
+    pub valid_json: Option<f64>,
+    /// The share of answers with the expected value, by key of the expected JSON objects.
+    pub fields: BTreeMap<String, f64>,
+}
+
+fn share(part: usize, of: usize) -> Option<f64> {
+    (of > 0).then(|| part as f64 / of as f64)
 }
 
 impl Score {
+    /// Counts a greedy answer.
+    pub fn answer(&mut self, answer: &Answer) {
+        self.answered += 1;
+        self.exact += usize::from(answer.exact);
+        let Some(expected) = structure(&answer.expected) else {
+            return;
+        };
+        let found = structure(&answer.answer);
+        self.json += 1;
+        self.valid_json += usize::from(found.is_some());
+        for (key, value) in expected.as_object().into_iter().flatten() {
+            let same = found.as_ref().and_then(|found| found.get(key)) == Some(value);
+            self.field(key, usize::from(same), 1);
+        }
+    }
+
+    fn field(&mut self, key: &str, same: usize, of: usize) {
+        if !self.fields.contains_key(key) && self.fields.len() == MAX_FIELDS {
+            return;
+        }
+        let field = self.fields.entry(key.to_owned()).or_default();
+        *field = (field.0 + same, field.1 + of);
+    }
+
     /// Adds the sums of other rows.
     pub fn add(&mut self, other: &Self) {
         self.rows += other.rows;
@@ -53,25 +94,41 @@ impl Score {
         self.tokens += other.tokens;
         self.exact += other.exact;
         self.answered += other.answered;
+        self.json += other.json;
+        self.valid_json += other.valid_json;
+        for (key, (same, of)) in &other.fields {
+            self.field(key, *same, *of);
+        }
     }
 
     /// The figures of these sums.
     pub fn figures(&self) -> Figures {
         let loss = (self.tokens > 0).then(|| self.loss_sum / self.tokens as f64);
+        let fields = self.fields.iter();
         Figures {
             rows: self.rows,
             loss,
             perplexity: loss.map(f64::exp),
-            exact_match: (self.answered > 0).then(|| self.exact as f64 / self.answered as f64),
+            exact_match: share(self.exact, self.answered),
             exact: self.exact,
             answered: self.answered,
             tokens: self.tokens,
+            valid_json: share(self.valid_json, self.json),
+            fields: fields
+                .filter_map(|(key, (same, of))| Some((key.clone(), share(*same, *of)?)))
+                .collect(),
         }
     }
 }
 
+/// A JSON object or list; a lone number or word is an answer like any other.
+fn structure(text: &str) -> Option<Value> {
+    let value: Value = serde_json::from_str(text).ok()?;
+    (value.is_object() || value.is_array()).then_some(value)
+}
+
 /// The sum of −log p over the labels of one batch, in nats.
-pub fn loss_sum(model: &Llama, samples: &[&Sample]) -> Result<f64> {
+pub fn loss_sum(model: &Model, samples: &[&Sample]) -> Result<f64> {
     let batch = Batch::new(
         samples
             .iter()
@@ -97,7 +154,7 @@ pub struct Answer {
 
 /// The model's greedy answers. Prompts must have at least one token.
 pub fn answers(
-    model: &Llama,
+    model: &Model,
     prompts: &[Prompt],
     stop: &Stop<'_>,
     decode: impl Fn(&[u32]) -> std::result::Result<String, crate::data::DataError>,
@@ -178,6 +235,7 @@ mod tests {
             tokens: 4,
             exact: 1,
             answered: 1,
+            ..Score::default()
         };
         score.add(&Score {
             rows: 1,
@@ -185,10 +243,50 @@ mod tests {
             tokens: 2,
             exact: 0,
             answered: 1,
+            ..Score::default()
         });
         let figures = score.figures();
         assert_eq!((figures.loss, figures.exact_match), (Some(1.0), Some(0.5)));
         assert!((figures.perplexity.unwrap() - std::f64::consts::E).abs() < 1e-12);
         assert_eq!(Score::default().figures().loss, None);
+    }
+
+    #[test]
+    fn answers_that_should_be_json_are_counted_by_key() {
+        let mut score = Score::default();
+        let expected = r#"{"intent":"on","slots":{"area":"hall"}}"#;
+        for answer in [
+            expected,
+            r#"{"slots":{"area":"hall"},"intent":"off"}"#,
+            r#"["on"]"#,
+            "on",
+        ] {
+            score.answer(&Answer {
+                question: String::new(),
+                expected: expected.into(),
+                answer: answer.into(),
+                exact: equal(answer, expected),
+            });
+        }
+        let mut sum = Score::default();
+        sum.add(&score);
+        let figures = sum.figures();
+        assert_eq!(
+            (figures.exact_match, figures.valid_json),
+            (Some(0.25), Some(0.75))
+        );
+        assert_eq!((figures.fields["intent"], figures.fields["slots"]), (0.25, 0.5));
+    }
+
+    #[test]
+    fn a_number_is_not_a_json_answer() {
+        let mut score = Score::default();
+        score.answer(&Answer {
+            question: String::new(),
+            expected: "42".into(),
+            answer: "forty-two".into(),
+            exact: false,
+        });
+        assert_eq!((score.figures().valid_json, score.fields.len()), (None, 0));
     }
 }

@@ -4,10 +4,10 @@ use std::fs::File;
 use std::io::{self, BufWriter, Write as _};
 use std::path::Path;
 
+use candle_core::{DType, Tensor};
 use serde_json::{Map, Value, json};
 
-use crate::model::ops::with_elements;
-use crate::model::{Llama, Mode};
+use crate::model::{Mode, Model};
 
 /// What belongs to a checkpoint beside its weights.
 const BESIDE: [&str; 8] = [
@@ -23,7 +23,7 @@ const BESIDE: [&str; 8] = [
 
 /// Writes `model.safetensors` (f32) into a folder, and copies what belongs beside it from the base.
 /// Tensors are written one after another: no second copy of the model is held.
-pub fn save_checkpoint(model: &Llama, base: &Path, dir: &Path) -> io::Result<()> {
+pub fn save_checkpoint(model: &Model, base: &Path, dir: &Path) -> io::Result<()> {
     for name in BESIDE {
         if base.join(name).is_file() {
             std::fs::copy(base.join(name), dir.join(name))?;
@@ -39,32 +39,49 @@ pub fn save_checkpoint(model: &Llama, base: &Path, dir: &Path) -> io::Result<()>
     }
     std::fs::write(&path, format!("{:#}\n", Value::Object(config)))?;
 
+    let weights: Vec<&Tensor> = model
+        .weights()
+        .map(|weight| weight.get(Mode::INFERENCE))
+        .collect();
+    let names: Vec<_> = model
+        .weights()
+        .zip(&weights)
+        .map(|(weight, tensor)| (weight.name.clone(), tensor.dims().to_vec()))
+        .collect();
+    write_tensors(&dir.join("model.safetensors"), &names, |i| {
+        weights[i].flatten_all()?.to_dtype(DType::F32)?.to_vec1()
+    })
+}
+
+/// Writes a safetensors file of f32 tensors, given as (name, shape). `values` is asked for tensor i when its turn comes:
+/// no second copy of all of them is held.
+pub(crate) fn write_tensors(
+    path: &Path,
+    tensors: &[(String, Vec<usize>)],
+    mut values: impl FnMut(usize) -> candle_core::Result<Vec<f32>>,
+) -> io::Result<()> {
     let mut header = Map::new();
     header.insert("__metadata__".into(), json!({"format": "pt"}));
     let mut end = 0usize;
-    for weight in model.weights() {
-        let tensor = weight.get(Mode::INFERENCE);
+    for (name, shape) in tensors {
         let start = end;
-        end += tensor.elem_count() * 4;
+        end += shape.iter().product::<usize>() * 4;
         header.insert(
-            weight.name.clone(),
-            json!({"dtype": "F32", "shape": tensor.dims(), "data_offsets": [start, end]}),
+            name.clone(),
+            json!({"dtype": "F32", "shape": shape, "data_offsets": [start, end]}),
         );
     }
     let mut text = Value::Object(header).to_string();
     while !text.len().is_multiple_of(8) {
         text.push(' ');
     }
-    let mut file = BufWriter::new(File::create(dir.join("model.safetensors"))?);
+    let mut file = BufWriter::new(File::create(path)?);
     file.write_all(&(text.len() as u64).to_le_bytes())?;
     file.write_all(text.as_bytes())?;
-    for weight in model.weights() {
-        let written = with_elements::<f32, _>(weight.get(Mode::INFERENCE), "save", |values| {
-            Ok(values
-                .iter()
-                .try_for_each(|value| file.write_all(&value.to_le_bytes())))
-        });
-        written.map_err(io::Error::other)??;
+    for i in 0..tensors.len() {
+        for value in values(i).map_err(io::Error::other)? {
+            file.write_all(&value.to_le_bytes())?;
+        }
     }
     file.flush()
 }

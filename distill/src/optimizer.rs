@@ -1,10 +1,12 @@
 //! AdamW as torch has it, with state that can be read, gradient clipping, and learning rate schedules.
 
+mod schedule;
+
 use std::sync::{Mutex, PoisonError};
 
 use candle_core::{CpuStorage, InplaceOp2, Layout, Result, Tensor, Var, WithDType};
 use rayon::prelude::*;
-use serde::{Deserialize, Serialize};
+pub use schedule::Schedule;
 
 const CHUNK: usize = 16 * 1024;
 
@@ -61,6 +63,43 @@ impl AdamW {
             steps: 0,
             slots,
         }
+    }
+
+    /// The steps that were done.
+    pub fn steps(&self) -> usize {
+        self.steps as usize
+    }
+
+    /// A copy of variable `i`'s moments: the mean of its gradients (torch's `exp_avg`) and of their squares
+    /// (`exp_avg_sq`), as many numbers as the variable has.
+    ///
+    /// # Panics
+    /// When there are not so many variables.
+    pub fn moments(&self, i: usize) -> [Vec<f32>; 2] {
+        let moments = self.slots[i]
+            .moments
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        [moments.0.clone(), moments.1.clone()]
+    }
+
+    /// Puts variable `i`'s moments back.
+    ///
+    /// # Panics
+    /// When there are not so many variables, or the moments are not as many numbers as the variable has.
+    pub fn set_moments(&mut self, i: usize, [mean, square]: [Vec<f32>; 2]) {
+        let slot = &self.slots[i];
+        let count = slot.var.elem_count();
+        assert!(
+            mean.len() == count && square.len() == count,
+            "{count} numbers each"
+        );
+        *slot.moments.lock().unwrap_or_else(PoisonError::into_inner) = (mean, square);
+    }
+
+    /// Goes on as after so many steps.
+    pub fn set_steps(&mut self, steps: usize) {
+        self.steps = i32::try_from(steps).unwrap_or(i32::MAX);
     }
 
     /// One step. The gradients are multiplied by `scale` first (clipping, averaging).
@@ -176,51 +215,9 @@ pub fn clip_factor(norm: f64, max_norm: f64) -> f64 {
     }
 }
 
-/// How the learning rate goes on after the warm-up.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "lowercase")]
-pub enum Schedule {
-    /// Down to 0 in a straight line.
-    Linear,
-    /// Down to 0 along half a cosine.
-    Cosine,
-    /// Not at all.
-    Constant,
-}
-
-impl Schedule {
-    /// The factor on the learning rate at a step, counted from 0; transformers' `get_*_schedule_with_warmup`.
-    pub fn factor(self, step: usize, warmup: usize, total: usize) -> f64 {
-        if step < warmup {
-            return step as f64 / warmup.max(1) as f64;
-        }
-        let progress = (step - warmup) as f64 / total.saturating_sub(warmup).max(1) as f64;
-        match self {
-            Self::Constant => 1.0,
-            Self::Linear => (1.0 - progress).max(0.0),
-            Self::Cosine => 0.5 * (1.0 + (std::f64::consts::PI * progress.min(1.0)).cos()),
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn schedules_are_transformers() {
-        // transformers.get_linear_schedule_with_warmup(_, 2, 6) and the cosine one, steps 0 to 6.
-        let at = |schedule: Schedule| (0..7).map(|step| schedule.factor(step, 2, 6)).collect::<Vec<_>>();
-        assert_eq!(at(Schedule::Linear), [0.0, 0.5, 1.0, 0.75, 0.5, 0.25, 0.0]);
-        assert_eq!(at(Schedule::Constant), [0.0, 0.5, 1.0, 1.0, 1.0, 1.0, 1.0]);
-        for (ours, theirs) in
-            at(Schedule::Cosine)
-                .iter()
-                .zip([0.0, 0.5, 1.0, 0.853_553_4, 0.5, 0.146_446_6, 0.0])
-        {
-            assert!((ours - theirs).abs() < 1e-7);
-        }
-    }
 
     #[test]
     fn clipping_only_shortens() {

@@ -24,6 +24,13 @@ impl Random {
         (self.u64() >> 11) as f64 / (1u64 << 53) as f64
     }
 
+    /// From N(0, 1), by Box and Muller.
+    pub fn normal(&mut self) -> f64 {
+        // 1 − u is in (0, 1]: its logarithm is finite.
+        let (radius, angle) = (1.0 - self.uniform(), self.uniform());
+        (-2.0 * radius.ln()).sqrt() * (std::f64::consts::TAU * angle).cos()
+    }
+
     /// Uniform in 0..n.
     pub fn below(&mut self, n: usize) -> usize {
         // The bias of a 128-bit product is below n / 2⁶⁴.
@@ -56,6 +63,15 @@ mod tests {
         let (mut a, mut b) = (Random::new(7, "data"), Random::new(7, "data"));
         assert_eq!([a.u64(), a.u64()], [b.u64(), b.u64()]);
         assert_ne!(a.u64(), Random::new(7, "lora").u64());
+    }
+
+    #[test]
+    fn normal_numbers_have_their_moments() {
+        let mut random = Random::new(3, "normal");
+        let numbers: Vec<f64> = (0..100_000).map(|_| random.normal()).collect();
+        let moment = |power: i32| numbers.iter().map(|x| x.powi(power)).sum::<f64>() / 1e5;
+        let (mean, variance, kurtosis) = (moment(1), moment(2), moment(4));
+        assert!(mean.abs() < 0.02 && (variance - 1.0).abs() < 0.02 && (kurtosis - 3.0).abs() < 0.1);
     }
 
     #[test]

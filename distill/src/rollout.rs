@@ -4,8 +4,8 @@ use candle_core::Result;
 
 use crate::batch::Batch;
 use crate::data::Prompt;
+use crate::model::Model;
 use crate::model::ops::with_elements;
-use crate::model::{KvCache, Llama};
 
 /// When an answer ends.
 #[derive(Debug, Clone)]
@@ -29,10 +29,10 @@ impl<'a> Stop<'a> {
 }
 
 /// The most probable answer to each prompt, token by token. A prompt must have at least one token.
-pub fn greedy(model: &Llama, prompts: &[&[u32]], stop: &Stop<'_>) -> Result<Vec<Vec<u32>>> {
+pub fn greedy(model: &Model, prompts: &[&[u32]], stop: &Stop<'_>) -> Result<Vec<Vec<u32>>> {
     let config = model.config();
     let mut answers = vec![Vec::new(); prompts.len()];
-    let mut cache = KvCache::new(config.num_hidden_layers, prompts.len(), config.heads());
+    let mut cache = model.cache(prompts.len())?;
     // The prompts that are still being answered, in the order of the cache.
     let mut open: Vec<usize> = (0..prompts.len()).collect();
     let mut batch = Batch::unlabelled(prompts.iter().copied());

@@ -84,15 +84,18 @@ impl ChatTemplate {
         Ok(Self { environment, special })
     }
 
-    /// The text of a conversation; with `add_generation_prompt` it ends where the answer begins.
+    /// The text of a conversation, whose assistant may call `tools`; with `add_generation_prompt` it ends where
+    /// the answer begins.
     pub fn render(
         &self,
         messages: &[serde_json::Value],
+        tools: Option<&serde_json::Value>,
         add_generation_prompt: bool,
     ) -> Result<String, DataError> {
+        let tools = tools.map_or(Value::from(()), |tools| Value::from(Serde(tools)));
         let special = Value::from_pairs(self.special.iter().map(|(key, text)| (key.clone(), text.clone())));
         let values = context! {
-            messages => Value::from(Serde(messages)), add_generation_prompt => add_generation_prompt, tools => (), documents => (), ..special
+            messages => Value::from(Serde(messages)), add_generation_prompt => add_generation_prompt, tools => tools, documents => (), ..special
         };
         let template = self.environment.get_template(NAME);
         template
@@ -234,7 +237,7 @@ mod tests {
         let messages = [json!({"role": "user", "content": " é <b> "})];
         // transformers' apply_chat_template gives this text.
         assert_eq!(
-            template.render(&messages, true).unwrap(),
+            template.render(&messages, None, true).unwrap(),
             "<s>é <b>\n{\"role\": \"user\", \"content\": \" é <b> \"}>"
         );
     }
@@ -244,7 +247,7 @@ mod tests {
         let template = ChatTemplate::new("{{ raise_exception('no system role') }}".into(), vec![]).unwrap();
         assert!(
             template
-                .render(&[], false)
+                .render(&[], None, false)
                 .unwrap_err()
                 .to_string()
                 .contains("no system role")
@@ -253,7 +256,7 @@ mod tests {
         assert!(
             ChatTemplate::new(endless.into(), vec![])
                 .unwrap()
-                .render(&[], false)
+                .render(&[], None, false)
                 .is_err()
         );
     }

@@ -2,134 +2,12 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod workplace;
+
 use std::fs;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
 
 use serde_json::{Value, json};
-use tempfile::TempDir;
-use tokenizers::models::wordlevel::WordLevel;
-use tokenizers::pre_tokenizers::whitespace::WhitespaceSplit;
-use tokenizers::{AddedToken, Tokenizer};
-
-fn fixture(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("tests/fixtures")
-        .join(name)
-}
-
-/// The tiny model with a tokenizer of 256 words and a chat template.
-struct Workplace {
-    dir: TempDir,
-}
-
-impl Workplace {
-    fn new() -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let model = dir.path().join("model");
-        fs::create_dir(&model).unwrap();
-        for name in ["config.json", "generation_config.json", "model.safetensors"] {
-            fs::copy(fixture("tiny-tied").join(name), model.join(name)).unwrap();
-        }
-        let special = ["<unk>", "<bos>", "<end>", "<user>", "<bot>"];
-        let words = special
-            .into_iter()
-            .map(str::to_owned)
-            .chain((5..256).map(|i| format!("w{i}")));
-        let vocab = words.enumerate().map(|(id, word)| (word, id as u32)).collect();
-        let words = WordLevel::builder()
-            .vocab(vocab)
-            .unk_token("<unk>".into())
-            .build()
-            .unwrap();
-        let mut tokenizer = Tokenizer::new(words);
-        tokenizer.with_pre_tokenizer(Some(WhitespaceSplit));
-        tokenizer
-            .add_special_tokens(special.map(|token| AddedToken::from(token, true)))
-            .unwrap();
-        tokenizer.save(model.join("tokenizer.json"), false).unwrap();
-        let template = "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}\
-            {{ '<user> ' if m.role == 'user' else '<bot> ' }}{{ m.content }} <end>\n{% endfor %}\
-            {% if add_generation_prompt %}<bot> {% endif %}";
-        fs::write(model.join("chat_template.jinja"), template).unwrap();
-        let place = Self { dir };
-        // Eight questions with an answer each.
-        let rows: Vec<Value> = (0..8)
-            .map(|i| {
-                let content = |from: u32, count: u32| {
-                    (0..count)
-                        .map(|k| format!("w{}", 5 + (from + 7 * k) % 250))
-                        .collect::<Vec<_>>()
-                        .join(" ")
-                };
-                json!({"language": if i % 2 == 0 { "nl" } else { "fr" }, "messages": [
-                    {"role": "user", "content": content(31 * i, 3 + i % 3)},
-                    {"role": "assistant", "content": content(17 * i + 100, 2 + i % 4)}]})
-            })
-            .collect();
-        place.write("train.jsonl", &rows);
-        place
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.dir.path().join(name)
-    }
-
-    fn write(&self, name: &str, rows: &[Value]) {
-        let text: String = rows.iter().map(|row| format!("{row}\n")).collect();
-        fs::write(self.path(name), text).unwrap();
-    }
-
-    fn run(&self, args: &[&str]) -> Output {
-        Command::new(env!("CARGO_BIN_EXE_pipit-distill"))
-            .args(args)
-            .current_dir(self.dir.path())
-            .output()
-            .unwrap()
-    }
-
-    fn sft(&self, run: &str, more: &[&str]) -> Output {
-        let mut args = vec![
-            "sft",
-            "--model",
-            "model",
-            "--data",
-            "train.jsonl",
-            "-o",
-            run,
-            "--learning-rate",
-            "1e-2",
-        ];
-        args.extend(more);
-        self.run(&args)
-    }
-
-    /// Runs and expects this exit code, this text on standard error, and nothing left behind.
-    fn refused(&self, code: i32, text: &str, output: &Output) {
-        let error = String::from_utf8_lossy(&output.stderr);
-        assert_eq!(output.status.code(), Some(code), "{error}");
-        assert!(error.contains(text), "{text:?} is not in: {error}");
-        assert_eq!(error.matches("error:").count(), 1, "{error}");
-        let left: Vec<_> = fs::read_dir(self.dir.path())
-            .unwrap()
-            .map(|e| e.unwrap().file_name())
-            .collect();
-        let left = left
-            .iter()
-            .filter(|name| name.to_string_lossy().contains("run"))
-            .count();
-        assert_eq!(left, 0, "something is left behind");
-    }
-}
-
-fn succeeded(output: &Output) -> String {
-    assert!(
-        output.status.success(),
-        "{}",
-        String::from_utf8_lossy(&output.stderr)
-    );
-    String::from_utf8(output.stdout.clone()).unwrap()
-}
+use workplace::{Workplace, fixture, succeeded};
 
 #[test]
 fn a_run_learns_its_rows_and_eval_says_so() {
@@ -245,6 +123,126 @@ fn the_same_seed_gives_the_same_bits_and_accumulation_the_large_batch() {
 }
 
 #[test]
+fn every_adapter_is_trained_evaluated_and_trained_further() {
+    let place = Workplace::new();
+    let text = [
+        "--prompt-tuning-init",
+        "TEXT",
+        "--prompt-tuning-init-text",
+        "w9 w8 w7",
+    ];
+    let prompt = [&["--method", "prompt", "--num-virtual-tokens", "4"][..], &text].concat();
+    let prefix = vec![
+        "--method",
+        "prefix",
+        "--num-virtual-tokens",
+        "3",
+        "--prefix-projection",
+    ];
+    let saved = vec![
+        "--use-dora",
+        "--target-modules",
+        "embed_tokens,q_proj",
+        "--modules-to-save",
+        "lm_head,norm",
+    ];
+    for (name, options) in [("prompt", prompt), ("prefix", prefix), ("lora", saved)] {
+        let (run, further) = (format!("run-{name}"), format!("run-{name}-further"));
+        let steps = |steps| vec!["--max-steps", steps, "--eval-data", "train.jsonl", "--json"];
+        let json =
+            |output: &std::process::Output| -> Value { serde_json::from_str(&succeeded(output)).unwrap() };
+        let first = json(&place.sft(&run, &[options, steps("4")].concat()));
+        assert_eq!(first["method"], name);
+        let eval = [
+            "eval",
+            "--model",
+            "model",
+            "--adapter",
+            &run,
+            "--data",
+            "train.jsonl",
+            "--json",
+        ];
+        let eval = json(&place.run(&[&eval[..], &["--max-new-tokens", "4"]].concat()));
+        let difference = eval["loss"].as_f64().unwrap() - first["eval_loss"].as_f64().unwrap();
+        assert!(difference.abs() < 1e-5, "{name}: {difference}");
+        // The stored adapter decides the method, and training goes on from its loss.
+        let second = json(&place.sft(&further, &[vec!["--adapter", &run], steps("30")].concat()));
+        assert_eq!(second["method"], name);
+        assert!(
+            second["eval_loss"].as_f64().unwrap() < first["eval_loss"].as_f64().unwrap(),
+            "{name}"
+        );
+        let config = |run: &str| fs::read_to_string(place.path(run).join("adapter_config.json")).unwrap();
+        assert_eq!(config(&run), config(&further));
+        let resolved = fs::read_to_string(place.path(&further).join("config.resolved.toml")).unwrap();
+        assert!(
+            resolved.contains("adapter = ") && !resolved.contains("num_virtual_tokens"),
+            "{resolved}"
+        );
+        let config = format!("{further}/config.resolved.toml");
+        succeeded(&place.run(&[
+            "sft",
+            "--config",
+            &config,
+            "--max-steps",
+            "1",
+            "-o",
+            &format!("{run}-again"),
+        ]));
+    }
+}
+
+#[test]
+fn adapter_options_that_do_not_fit_are_refused() {
+    let place = Workplace::new();
+    let refused = |code, text, options: &[&str]| place.refused(code, text, &place.sft("run", options));
+    refused(
+        2,
+        "--use-dora is not for --method prefix",
+        &["--method", "prefix", "--use-dora"],
+    );
+    refused(
+        2,
+        "--prompt-tuning-init-text go together",
+        &["--method", "prompt", "--prompt-tuning-init", "TEXT"],
+    );
+    refused(
+        2,
+        "no room",
+        &["--method", "prompt", "--num-virtual-tokens", "127"],
+    );
+    refused(
+        2,
+        "virtual ones among them",
+        &["--method", "prompt", "--max-length", "120"],
+    );
+    refused(2, "pissa", &["--init-lora-weights", "pissa"]);
+    refused(1, "layers_to_transform needs", &["--layers-to-transform", "1"]);
+    refused(
+        1,
+        "nearest names are q_proj",
+        &["--rank-pattern", r#"{"q_porj": 2}"#],
+    );
+    let (other, prompt) = (fixture("tiny-untied-lora"), fixture("adapters/prompt"));
+    refused(
+        1,
+        "does not fit this model",
+        &["--adapter", other.to_str().unwrap()],
+    );
+    refused(
+        2,
+        "is for prompt",
+        &["--method", "lora", "--adapter", prompt.to_str().unwrap()],
+    );
+    refused(
+        2,
+        "--r cannot be given",
+        &["--r", "4", "--adapter", prompt.to_str().unwrap()],
+    );
+}
+
+#[test]
 fn a_configuration_file_is_as_good_as_flags() {
     let place = Workplace::new();
     let text = "model = 'model'\ndata = 'train.jsonl'\nmax_steps = 2\nr = 2\ntarget_modules = ['q_proj']\n";
@@ -292,7 +290,7 @@ fn bad_input_is_named_and_leaves_nothing() {
     );
     place.refused(
         1,
-        "pipit-convert import",
+        "m.gguf is no checkpoint: it does not exist",
         &sft(&["--model", "m.gguf", "--data", "train.jsonl"]),
     );
     place.refused(
@@ -405,47 +403,15 @@ fn a_rate_that_blows_up_stops_and_names_the_batch() {
     let error = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(1), "{error}");
     assert!(error.contains("hint: lower --learning-rate"), "{error}");
-    let batch: Value = serde_json::from_slice(&fs::read(place.path("run.bad-batch.json")).unwrap()).unwrap();
-    assert!(!batch["lines"].as_array().unwrap().is_empty());
-    assert!(!place.path("run").exists());
-}
-
-#[test]
-fn an_interrupt_leaves_nothing() {
-    let place = Workplace::new();
-    let mut child = Command::new(env!("CARGO_BIN_EXE_pipit-distill"))
-        .args([
-            "sft",
-            "--model",
-            "model",
-            "--data",
-            "train.jsonl",
-            "-o",
-            "run",
-            "--max-steps",
-            "1000000",
-        ])
-        .args(["--logging-steps", "1"])
-        .current_dir(place.dir.path())
-        .stderr(std::process::Stdio::piped())
-        .spawn()
-        .unwrap();
-    // The first line of figures: the loop runs.
-    let mut lines = std::io::BufRead::lines(std::io::BufReader::new(child.stderr.take().unwrap()));
-    assert!(lines.any(|line| line.unwrap().starts_with("step 1/")));
-    let id = child.id().to_string();
-    assert!(
-        Command::new("kill")
-            .args(["-TERM", &id])
-            .status()
-            .unwrap()
-            .success()
+    let batch: Value = serde_json::from_slice(&fs::read(place.path("run/bad-batch.json")).unwrap()).unwrap();
+    let sample = &batch["samples"][0];
+    assert!(sample["line"].as_u64().unwrap() >= 1);
+    assert_eq!(
+        sample["ids"].as_array().unwrap().len(),
+        sample["labels"].as_array().unwrap().len()
     );
-    assert!(lines.any(|line| line.unwrap().contains("interrupted")));
-    assert_eq!(child.wait().unwrap().code(), Some(1));
-    let left: Vec<_> = fs::read_dir(place.dir.path())
-        .unwrap()
-        .map(|e| e.unwrap().file_name())
-        .collect();
-    assert_eq!(left.len(), 2, "{left:?}"); // the model and the data
+    assert!(!place.path("run/summary.json").exists());
+    // What came to no checkpoint does not stand in the way of the next run.
+    succeeded(&place.sft("run", &["--max-steps", "1"]));
+    assert!(!place.path("run/bad-batch.json").exists());
 }

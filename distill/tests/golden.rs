@@ -1,75 +1,32 @@
-//! The trainable llama against torch, transformers and PEFT: fixtures made by references/tiny_llama.py.
+//! The trainable models against torch, transformers and PEFT: fixtures made by references/tiny_models.py.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod support;
+
 use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use candle_core::{Device, Tensor};
-use pipit_convert::adapter::PeftAdapter;
-use pipit_distill::adapter;
+use pipit_distill::adapter::Adapter;
 use pipit_distill::batch::Batch;
-use pipit_distill::model::{Llama, Mode};
+use pipit_distill::model::{Mode, Model};
 use pipit_distill::optimizer::{AdamW, AdamWOptions, clip_factor, global_norm};
+use support::{batch, difference, expected, fixture, floats, largest_difference, rows};
 
-const MODELS: [&str; 2] = ["tiny-tied", "tiny-untied"];
+/// Tiny models of every architecture. The two without a name of one are llamas.
+const MODELS: [&str; 6] = [
+    "tiny-tied",
+    "tiny-untied",
+    "tiny-qwen2",
+    "tiny-qwen2-untied",
+    "tiny-qwen3",
+    "tiny-gemma3",
+];
 const TRAIN: Mode = Mode {
     gradient: true,
     dropout_seed: None,
 };
-
-fn fixture(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("tests/fixtures")
-        .join(name)
-}
-
-fn expected(name: &str) -> HashMap<String, Tensor> {
-    candle_core::safetensors::load(fixture(&format!("{name}.expected.safetensors")), &Device::Cpu).unwrap()
-}
-
-fn floats(tensor: &Tensor) -> Vec<f32> {
-    tensor.flatten_all().unwrap().to_vec1().unwrap()
-}
-
-/// The fixture's rows without their padding: (ids, labels), optionally one only.
-fn rows(expected: &HashMap<String, Tensor>) -> Vec<(Vec<u32>, Vec<i64>)> {
-    let matrix = |name: &str| expected[name].to_vec2::<i64>().unwrap();
-    let (ids, mask, labels) = (matrix("input_ids"), matrix("attention_mask"), matrix("labels"));
-    let real = |row: &[i64], mask: &[i64]| -> Vec<i64> {
-        row.iter()
-            .zip(mask)
-            .filter(|(_, mask)| **mask == 1)
-            .map(|(x, _)| *x)
-            .collect()
-    };
-    (0..ids.len())
-        .map(|i| {
-            (
-                real(&ids[i], &mask[i]).iter().map(|id| *id as u32).collect(),
-                real(&labels[i], &mask[i]),
-            )
-        })
-        .collect()
-}
-
-fn batch(rows: &[(Vec<u32>, Vec<i64>)]) -> Batch {
-    Batch::new(
-        rows.iter()
-            .map(|(ids, labels)| (ids.as_slice(), labels.as_slice())),
-    )
-}
-
-/// The largest difference, relative to the largest expected entry.
-fn difference(ours: &[f32], theirs: &[f32]) -> f32 {
-    assert_eq!(ours.len(), theirs.len());
-    let largest = theirs.iter().fold(0.0f32, |max, x| max.max(x.abs()));
-    assert!(largest > 0.0, "the reference is zero");
-    ours.iter()
-        .zip(theirs)
-        .fold(0.0f32, |max, (a, b)| max.max((a - b).abs()))
-        / largest
-}
 
 /// torch's logits at the rows that are no padding.
 fn torch_logits(expected: &HashMap<String, Tensor>, model: &HashMap<String, Tensor>) -> Vec<f32> {
@@ -83,16 +40,19 @@ fn torch_logits(expected: &HashMap<String, Tensor>, model: &HashMap<String, Tens
         .collect()
 }
 
-fn check_model(model: &Llama, expected: &HashMap<String, Tensor>, rows_of: &HashMap<String, Tensor>) {
+fn check_model(model: &Model, expected: &HashMap<String, Tensor>, rows_of: &HashMap<String, Tensor>) {
     let batch = batch(&rows(rows_of));
     let logits = model
         .logits(&model.hidden(&batch, Mode::INFERENCE).unwrap())
         .unwrap();
-    let worst = floats(&logits)
-        .iter()
-        .zip(&torch_logits(expected, rows_of))
-        .fold(0.0f32, |max, (a, b)| max.max((a - b).abs()));
-    assert!(worst < 1e-4, "logits differ by {worst}");
+    let logits = floats(&logits);
+    let right = torch_logits(expected, rows_of);
+    let left = expected.get("logits_left").map(floats);
+    for (padding, theirs) in [("right", Some(right)), ("left", left)] {
+        let Some(theirs) = theirs else { continue };
+        let worst = largest_difference(&logits, &theirs);
+        assert!(worst < 1e-4, "logits padded on the {padding} differ by {worst}");
+    }
 
     let count = batch.trained_tokens() as f64;
     let loss = (model.loss_sum(&batch, TRAIN, 7).unwrap() / count).unwrap();
@@ -131,16 +91,17 @@ fn check_model(model: &Llama, expected: &HashMap<String, Tensor>, rows_of: &Hash
 fn logits_loss_and_every_gradient_are_torchs() {
     for name in MODELS {
         let expected = expected(name);
-        check_model(&Llama::open(&fixture(name), true).unwrap(), &expected, &expected);
+        println!("{name}"); // shown when the test fails
+        check_model(&Model::open(&fixture(name), true).unwrap(), &expected, &expected);
     }
 }
 
 #[test]
 fn an_adapter_of_peft_gives_pefts_logits_and_gradients() {
     for name in MODELS {
-        let mut model = Llama::open(&fixture(name), false).unwrap();
-        let stored = PeftAdapter::open(&fixture(&format!("{name}-lora"))).unwrap();
-        adapter::apply(&mut model, &stored).unwrap();
+        let mut model = Model::open(&fixture(name), false).unwrap();
+        Adapter::load(&mut model, &fixture(&format!("{name}-lora"))).unwrap();
+        println!("{name}-lora");
         check_model(&model, &expected(&format!("{name}-lora")), &expected(name));
     }
 }
@@ -149,7 +110,7 @@ fn an_adapter_of_peft_gives_pefts_logits_and_gradients() {
 fn twenty_steps_of_adamw_are_torchs() {
     for name in MODELS {
         let expected = expected(name);
-        let model = Llama::open(&fixture(name), true).unwrap();
+        let model = Model::open(&fixture(name), true).unwrap();
         let batch = batch(&rows(&expected));
         let options = AdamWOptions {
             beta1: 0.9,
@@ -174,17 +135,16 @@ fn twenty_steps_of_adamw_are_torchs() {
             optimizer.step(&gradients, 1e-3, clip_factor(ours, 1.0)).unwrap();
         }
         for (tensor, var) in &trained {
-            let (ours, theirs) = (floats(var), floats(&expected[&format!("after.{tensor}")]));
-            let worst = ours
-                .iter()
-                .zip(&theirs)
-                .fold(0.0f32, |max, (a, b)| max.max((a - b).abs()));
-            assert!(worst < 1e-4, "{tensor}: after 20 steps it differs by {worst}");
+            let worst = largest_difference(&floats(var), &floats(&expected[&format!("after.{tensor}")]));
+            assert!(
+                worst < 1e-4,
+                "{name}, {tensor}: after 20 steps it differs by {worst}"
+            );
         }
     }
 }
 
-fn loss_and_gradients(model: &Llama, batch: &Batch, chunk: usize) -> (f32, Vec<Vec<f32>>) {
+fn loss_and_gradients(model: &Model, batch: &Batch, chunk: usize) -> (f32, Vec<Vec<f32>>) {
     let loss = model.loss_sum(batch, TRAIN, chunk).unwrap();
     let grads = loss.backward().unwrap();
     let gradients = model
@@ -199,7 +159,7 @@ fn loss_and_gradients(model: &Llama, batch: &Batch, chunk: usize) -> (f32, Vec<V
 fn a_batch_is_the_sum_of_its_sequences() {
     for name in MODELS {
         let rows = rows(&expected(name));
-        let model = Llama::open(&fixture(name), true).unwrap();
+        let model = Model::open(&fixture(name), true).unwrap();
         let (loss, gradients) = loss_and_gradients(&model, &batch(&rows), 64);
         let singles: Vec<_> = rows
             .iter()
@@ -223,7 +183,7 @@ fn a_batch_is_the_sum_of_its_sequences() {
 #[test]
 fn the_chunk_of_the_vocabulary_loss_changes_nothing() {
     let expected = expected("tiny-tied");
-    let model = Llama::open(&fixture("tiny-tied"), true).unwrap();
+    let model = Model::open(&fixture("tiny-tied"), true).unwrap();
     let batch = batch(&rows(&expected));
     let (loss, gradients) = loss_and_gradients(&model, &batch, batch.trained_tokens());
     for chunk in [1, 7, 256] {
@@ -239,63 +199,156 @@ fn the_chunk_of_the_vocabulary_loss_changes_nothing() {
 }
 
 #[test]
-fn an_adapter_whose_b_is_zero_changes_no_bit() {
-    use pipit_convert::adapter::TargetModules;
-    let rows = rows(&expected("tiny-tied"));
-    let batch = batch(&rows);
-    let mut model = Llama::open(&fixture("tiny-tied"), false).unwrap();
-    let before = floats(&model.hidden(&batch, Mode::INFERENCE).unwrap());
-    let options = adapter::LoraOptions {
-        r: 4,
-        lora_alpha: 8.0,
-        lora_dropout: 0.0,
-        use_rslora: false,
-        target_modules: TargetModules::Pattern("all-linear".into()),
-    };
-    let mut random = pipit_distill::random::Random::new(0, "lora");
-    adapter::add(&mut model, &options, "tiny-tied", &mut random).unwrap();
-    assert_eq!(floats(&model.hidden(&batch, Mode::INFERENCE).unwrap()), before);
-    assert_eq!(model.trained().len(), 2 * 7 * 2);
+fn what_stands_beside_a_sequence_changes_no_bit_of_it() {
+    for name in MODELS {
+        let mut rows = rows(&expected(name));
+        let model = Model::open(&fixture(name), true).unwrap();
+        let hidden = |rows: &[_]| floats(&model.hidden(&batch(rows), Mode::INFERENCE).unwrap());
+        let before = hidden(&rows);
+        // Other tokens before and after the sequence in the middle, as many as there were.
+        let middle = rows[0].0.len() * 64..(rows[0].0.len() + rows[1].0.len()) * 64;
+        for row in [0, 2] {
+            rows[row].0.iter_mut().for_each(|id| *id = 255 - *id);
+        }
+        let after = hidden(&rows);
+        assert_eq!(before[middle.clone()], after[middle.clone()], "{name}");
+        assert!(before[..middle.start] != after[..middle.start]);
+        assert!(before[middle.end..] != after[middle.end..]);
+    }
+}
+
+/// The model with one value of its config.json changed.
+fn with_config(name: &str, pointer: &str, value: serde_json::Value) -> Model {
+    let scratch = tempfile::tempdir().unwrap();
+    let folder = scratch.path();
+    let from = |file: &str| fixture(name).join(file);
+    std::fs::copy(from("model.safetensors"), folder.join("model.safetensors")).unwrap();
+    let mut config: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(from("config.json")).unwrap()).unwrap();
+    *config.pointer_mut(pointer).unwrap() = value;
+    std::fs::write(folder.join("config.json"), config.to_string()).unwrap();
+    Model::open(folder, false).unwrap()
+}
+
+#[test]
+fn every_number_of_the_configuration_that_the_block_reads_is_heeded() {
+    use serde_json::json;
+    for (name, pointer, value) in [
+        ("tiny-untied", "/rope_parameters/factor", json!(4.0)),
+        ("tiny-qwen2-untied", "/sliding_window", json!(8)),
+        ("tiny-qwen2-untied", "/use_sliding_window", json!(true)),
+        ("tiny-qwen3", "/rms_norm_eps", json!(1e-2)),
+        ("tiny-qwen3", "/rope_parameters/rope_theta", json!(1e4)),
+        ("tiny-gemma3", "/sliding_window", json!(7)),
+        ("tiny-gemma3", "/query_pre_attn_scalar", json!(24)),
+        ("tiny-gemma3", "/layer_types/1", json!("full_attention")),
+        (
+            "tiny-gemma3",
+            "/rope_parameters/full_attention/factor",
+            json!(2.0),
+        ),
+        (
+            "tiny-gemma3",
+            "/rope_parameters/full_attention/rope_theta",
+            json!(1e3),
+        ),
+        (
+            "tiny-gemma3",
+            "/rope_parameters/sliding_attention/rope_theta",
+            json!(1e3),
+        ),
+    ] {
+        let batch = batch(&rows(&expected(name)));
+        let hidden = |model: &Model| floats(&model.hidden(&batch, Mode::INFERENCE).unwrap());
+        let unchanged = value == json!(true); // the one value that says what stands there already
+        let before = hidden(&Model::open(&fixture(name), false).unwrap());
+        let worst = largest_difference(&hidden(&with_config(name, pointer, value)), &before);
+        assert!((worst < 1e-6) == unchanged, "{name} {pointer}: {worst}");
+    }
+}
+
+/// The most probable token after these, computed from the beginning.
+fn next(model: &Model, ids: &[u32]) -> u32 {
+    let hidden = model.hidden(&Batch::unlabelled([ids]), Mode::INFERENCE).unwrap();
+    let last = hidden.narrow(0, ids.len() - 1, 1).unwrap().contiguous().unwrap();
+    let logits = floats(&model.logits(&last).unwrap());
+    (0..256u32)
+        .max_by(|a, b| logits[*a as usize].total_cmp(&logits[*b as usize]))
+        .unwrap()
 }
 
 #[test]
 fn answers_with_a_cache_are_those_without() {
     use pipit_distill::rollout::{Stop, greedy};
-    let model = Llama::open(&fixture("tiny-untied"), false).unwrap();
+    const LONGEST: usize = 12;
     let prompts: [&[u32]; 3] = [&[7, 20, 33, 46, 59], &[8], &[100, 3, 200]];
-    // The end token is one that the second prompt's answer has, so that the batch shrinks on its way.
-    let without = |prompt: &[u32], eos: &[u32]| -> Vec<u32> {
-        let mut ids = prompt.to_vec();
-        for _ in 0..12 {
-            let hidden = model
-                .hidden(&Batch::unlabelled([ids.as_slice()]), Mode::INFERENCE)
-                .unwrap();
-            let logits = model
-                .logits(&hidden.narrow(0, ids.len() - 1, 1).unwrap().contiguous().unwrap())
-                .unwrap();
-            let logits = floats(&logits);
-            let next = (0..256u32)
-                .max_by(|a, b| logits[*a as usize].total_cmp(&logits[*b as usize]))
-                .unwrap();
-            if eos.contains(&next) {
-                break;
+    for name in MODELS {
+        let model = Model::open(&fixture(name), false).unwrap();
+        let without = |prompt: &[u32], eos: &[u32]| -> Vec<u32> {
+            let mut ids = prompt.to_vec();
+            while ids.len() < prompt.len() + LONGEST {
+                let next = next(&model, &ids);
+                if eos.contains(&next) {
+                    break;
+                }
+                ids.push(next);
             }
-            ids.push(next);
-        }
-        ids[prompt.len()..].to_vec()
-    };
-    let eos = [without(prompts[1], &[])[4]];
-    let answers = greedy(
-        &model,
-        &prompts,
-        &Stop {
+            ids[prompt.len()..].to_vec()
+        };
+        // The end token is one that the second prompt's answer has, so that the batch shrinks on its way.
+        let eos = [without(prompts[1], &[])[4]];
+        let stop = Stop {
             eos: &eos,
-            max_new_tokens: 12,
-        },
-    )
-    .unwrap();
-    for (prompt, answer) in prompts.iter().zip(&answers) {
-        assert_eq!(*answer, without(prompt, &eos));
+            max_new_tokens: LONGEST,
+        };
+        let answers = greedy(&model, &prompts, &stop).unwrap();
+        for (prompt, answer) in prompts.iter().zip(&answers) {
+            assert_eq!(*answer, without(prompt, &eos), "{name}");
+        }
+        assert!(answers[1].len() < LONGEST);
     }
-    assert!(answers[1].len() < 12);
+}
+
+#[test]
+fn a_sequence_in_pieces_through_the_cache_is_the_whole_one() {
+    for name in MODELS {
+        let model = Model::open(&fixture(name), false).unwrap();
+        let (ids, _) = &rows(&expected(name))[1];
+        let whole = floats(
+            &model
+                .hidden(&Batch::unlabelled([ids.as_slice()]), Mode::INFERENCE)
+                .unwrap(),
+        );
+        let mut cache = model.cache(1).unwrap();
+        let mut pieces = Vec::new();
+        // Shorter and longer than the windows of 6 and 7.
+        for piece in [0..4, 4..5, 5..7, 7..20, 20..21] {
+            let batch = Batch::unlabelled([&ids[piece]]);
+            pieces.extend(floats(&model.hidden_cached(&batch, &mut cache).unwrap()));
+        }
+        let worst = largest_difference(&pieces, &whole);
+        assert!(worst < 1e-5, "{name}: {worst}");
+    }
+}
+
+#[test]
+fn a_trained_model_is_written_as_it_was_read() {
+    for name in MODELS {
+        let scratch = tempfile::tempdir().unwrap();
+        let model = Model::open(&fixture(name), true).unwrap();
+        pipit_distill::export::save_checkpoint(&model, &fixture(name), scratch.path()).unwrap();
+        let file = |folder: &Path| {
+            candle_core::safetensors::load(folder.join("model.safetensors"), &Device::Cpu).unwrap()
+        };
+        let (ours, theirs) = (file(scratch.path()), file(&fixture(name)));
+        assert_eq!(ours.len(), theirs.len(), "{name}");
+        for (tensor, theirs) in theirs {
+            assert_eq!(ours[&tensor].dims(), theirs.dims());
+            assert_eq!(floats(&ours[&tensor]), floats(&theirs), "{name}, {tensor}");
+        }
+        assert_eq!(
+            *Model::open(scratch.path(), false).unwrap().config(),
+            *model.config()
+        );
+    }
 }

@@ -6,11 +6,10 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use regex::Regex;
 use serde_json::Value;
 
 use super::weights::{AdapterWeights, LoraModule, TokenRows};
-use super::{AdapterConfig, Patterns};
+use super::{AdapterConfig, PatternError};
 use crate::checkpoint::{self, CheckpointError, TensorFiles, TensorView};
 use crate::json;
 
@@ -104,12 +103,19 @@ impl PeftAdapter {
             why: e.to_string(),
         })?;
         check(&config_path, &config)?;
-        let ranks = Compiled::new(&config_path, "rank_pattern", &config.rank_pattern)?;
-        let alphas = Compiled::new(&config_path, "alpha_pattern", &config.alpha_pattern)?;
+        let bad = |key: &'static str| {
+            let path = config_path.clone();
+            move |e: PatternError| AdapterError::Config {
+                path,
+                why: format!("{key}: {e}"),
+            }
+        };
+        let ranks = config.rank_pattern.compile().map_err(bad("rank_pattern"))?;
+        let alphas = config.alpha_pattern.compile().map_err(bad("alpha_pattern"))?;
         let files = TensorFiles::open(&weights)?;
         let weights = AdapterWeights::read(&weights, &files, &config, |module| {
-            let rank = ranks.get(module).unwrap_or(config.r);
-            let alpha = alphas.get(module).unwrap_or(config.lora_alpha);
+            let rank = ranks.find(module).map_or(config.r, |(_, rank)| rank);
+            let alpha = alphas.find(module).map_or(config.lora_alpha, |(_, alpha)| alpha);
             let divisor = if config.use_rslora {
                 (rank as f64).sqrt()
             } else {
@@ -193,29 +199,6 @@ impl PeftAdapter {
             key,
             value: value.into(),
         })
-    }
-}
-
-/// Patterns as PEFT reads them: `(.*\.)?(KEY)$` from the start of the module's name, the first one wins.
-struct Compiled<T>(Vec<(Regex, T)>);
-
-impl<T: Copy> Compiled<T> {
-    fn new(path: &Path, key: &str, patterns: &Patterns<T>) -> Result<Self, AdapterError> {
-        let compile = |(pattern, value): &(String, T)| match Regex::new(&format!(r"^(.*\.)?({pattern})$")) {
-            Ok(regex) => Ok((regex, *value)),
-            Err(e) => Err(AdapterError::Config {
-                path: path.to_path_buf(),
-                why: format!("{key} has {pattern:?}, which is no regular expression: {e}"),
-            }),
-        };
-        Ok(Self(patterns.0.iter().map(compile).collect::<Result<_, _>>()?))
-    }
-
-    fn get(&self, module: &str) -> Option<T> {
-        self.0
-            .iter()
-            .find(|(regex, _)| regex.is_match(module))
-            .map(|(_, value)| *value)
     }
 }
 

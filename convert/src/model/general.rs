@@ -3,10 +3,8 @@
 //! In: a GGUF file's own keys; or a folder's model card, `config.json`, `generation_config.json` and name. Source:
 //! llama.cpp gguf-py/gguf/metadata.py.
 
-mod card;
 mod name;
 
-use card::Card;
 use name::{Name, size_label, title};
 use serde_json::{Map, Value as Json};
 
@@ -15,6 +13,7 @@ use super::source::Weights;
 use super::{ModelError, SourceModel};
 use crate::arch::Architecture;
 use crate::checkpoint::{Checkpoint, read_json_object};
+use crate::front_matter::{self, FrontMatter};
 use crate::gguf::Value;
 use crate::quantize::FileType;
 
@@ -61,7 +60,7 @@ fn of_checkpoint(checkpoint: &Checkpoint, parameters: u64) -> Result<Vec<(String
     } else {
         Map::new()
     };
-    let card = Card::of_folder(dir).map_err(|source| ModelError::Read {
+    let card = FrontMatter::of_folder(dir).map_err(|source| ModelError::Read {
         path: dir.join("README.md"),
         source,
     })?;
@@ -80,7 +79,7 @@ fn of_checkpoint(checkpoint: &Checkpoint, parameters: u64) -> Result<Vec<(String
 fn of_folder(
     folder: &str,
     name_or_path: &str,
-    card: &Card,
+    card: &FrontMatter,
     generation: &Map<String, Json>,
     parameters: u64,
 ) -> Vec<(String, Value)> {
@@ -213,7 +212,7 @@ fn source_keys(what: &str, entries: &[&Json], parameters: u64) -> Vec<(String, V
                     "uuid",
                     "repo_url",
                 ] {
-                    add(key, entry.get(key).and_then(card::text));
+                    add(key, entry.get(key).and_then(front_matter::text));
                 }
             }
             _ => {}
@@ -274,7 +273,7 @@ mod tests {
         let cases: Vec<Case> = serde_json::from_str(cases).unwrap();
         assert!(cases.len() > 10);
         for case in cases {
-            let card = Card::parse(&case.card).unwrap();
+            let card = FrontMatter::parse(&case.card).unwrap();
             let keys = of_folder(
                 &case.folder,
                 &case.name_or_path,
@@ -302,11 +301,21 @@ mod tests {
 
     #[test]
     fn a_card_that_is_no_yaml_is_an_error_and_one_without_front_matter_says_nothing() {
-        assert!(Card::parse("---\nlicense: [mit\n---\n").is_err());
-        assert!(Card::parse("---\n- a\n---\n").is_err());
-        assert!(Card::parse("# Title\n").unwrap().text(&["license"]).is_none());
-        assert!(Card::parse("---\n---\n").unwrap().text(&["license"]).is_none());
-        let card = Card::parse("---\nlanguage:\n- no\n- 1\n---\n").unwrap();
+        assert!(FrontMatter::parse("---\nlicense: [mit\n---\n").is_err());
+        assert!(FrontMatter::parse("---\n- a\n---\n").is_err());
+        assert!(
+            FrontMatter::parse("# Title\n")
+                .unwrap()
+                .text(&["license"])
+                .is_none()
+        );
+        assert!(
+            FrontMatter::parse("---\n---\n")
+                .unwrap()
+                .text(&["license"])
+                .is_none()
+        );
+        let card = FrontMatter::parse("---\nlanguage:\n- no\n- 1\n---\n").unwrap();
         assert_eq!(card.texts(&["language"]), ["no", "1"]);
     }
 }

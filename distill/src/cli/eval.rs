@@ -1,18 +1,21 @@
 //! `pipit-distill eval`: loss, perplexity, and exact match of greedy answers.
 
+use std::collections::HashMap;
+use std::io::Write as _;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::Context as _;
-use pipit_convert::adapter::PeftAdapter;
-use serde_json::{Map, json};
+use pipit_convert::output::OutputFile;
+use serde::Serialize;
+use serde_json::{Map, Value, json};
 
-use super::{Output, UsageError, refuse_gguf};
-use crate::adapter;
-use crate::data::{Encoder, Prompt, Row, Sample, read_rows};
-use crate::evaluate::{Figures, Score, Table, answers, loss_sum};
-use crate::model::Llama;
+use super::{Output, UsageError};
+use crate::adapter::Adapter;
+use crate::data::{DataReport, Encoder, Prompt, Row, Sample, read_rows};
+use crate::evaluate::{Answer, Figures, Score, Table, answers, loss_sum};
+use crate::model::{Keep, Model};
 use crate::rollout::Stop;
 use crate::trainer::with_deep_stack;
 
@@ -21,19 +24,23 @@ const BAR: &str = "{msg} {wide_bar} {pos}/{len} {elapsed}, {eta} to go";
 /// Measure loss, perplexity and exact match of a checkpoint on rows
 #[derive(Debug, clap::Args)]
 #[command(
-    after_help = "Answers that are both JSON are compared as JSON.\n\nExamples:\n  \
+    after_help = "Answers that are both JSON are compared as JSON; where answers should be JSON objects, the share of\n\
+    valid ones and of right values by key is shown too.\n\nExamples:\n  \
     pipit-distill eval --model smollm2 --data dev.jsonl --max-rows 100\n  \
     pipit-distill eval --model smollm2 --adapter run --data dev.jsonl --by language --json"
 )]
 pub struct Args {
-    /// The checkpoint folder
-    #[arg(long, value_name = "DIR")]
+    /// The checkpoint folder, or a GGUF file
+    #[arg(long, value_name = "DIR|FILE.gguf")]
     model: PathBuf,
     /// An adapter folder in PEFT's layout
     #[arg(long, value_name = "DIR")]
     adapter: Option<PathBuf>,
+    /// The folder's weights in NF4, as --method qlora has them; a GGUF file has its own blocks
+    #[arg(long)]
+    load_in_4bit: bool,
     /// Rows: `messages`, or `prompt` and `completion`, or `text`
-    #[arg(long, value_name = "F.jsonl")]
+    #[arg(long, value_name = "F.jsonl|F.parquet")]
     data: PathBuf,
     /// Use the first N rows only
     #[arg(long, value_name = "N")]
@@ -53,6 +60,9 @@ pub struct Args {
     /// Measure the loss only: no answers are generated
     #[arg(long)]
     no_generate: bool,
+    /// Write every row's question, expected answer, answer and loss to this file
+    #[arg(long, value_name = "F.jsonl", conflicts_with = "no_generate")]
+    samples: Option<PathBuf>,
 }
 
 /// Runs the subcommand.
@@ -60,6 +70,11 @@ pub fn run(args: &Args, output: Output) -> anyhow::Result<()> {
     if args.batch_size == 0 || args.max_length < 2 {
         anyhow::bail!(UsageError::Usage(
             "--batch-size must be at least 1, --max-length at least 2".into()
+        ));
+    }
+    if args.load_in_4bit && args.model.is_file() {
+        anyhow::bail!(UsageError::Usage(
+            "--load-in-4bit needs a checkpoint folder as --model: a GGUF file has its own blocks".into()
         ));
     }
     let stop = Arc::new(AtomicBool::new(false));
@@ -70,47 +85,34 @@ pub fn run(args: &Args, output: Output) -> anyhow::Result<()> {
 }
 
 fn evaluate(args: &Args, output: Output, stop: &AtomicBool) -> anyhow::Result<()> {
-    refuse_gguf(&args.model)?;
-    let mut model = Llama::open(&args.model, false)?;
+    let keep = match args.load_in_4bit {
+        true => Keep::Nf4 { double_quant: true },
+        false => Keep::Frozen,
+    };
+    let mut model = Model::open_as(&args.model, keep)?;
     if let Some(dir) = &args.adapter {
-        adapter::apply(&mut model, &PeftAdapter::open(dir)?)?;
+        Adapter::load(&mut model, dir)?;
     }
     let encoder = Encoder::open(&args.model, model.config().vocab_size)?;
-    let longest = model.config().max_position_embeddings;
+    let longest = model.longest();
     let rows = read_rows(&args.data, args.max_rows)?;
     let (samples, report) = encoder.samples(&args.data, &rows, args.max_length.min(longest))?;
-    if !output.quiet {
-        for warning in report.warnings() {
-            eprintln!("warning: {}: {warning}", args.data.display());
-        }
-    }
+    output.warn(&args.data, &report);
     // A row is scored when it became a sample.
-    let by_line = |sample: &Sample| rows.iter().flatten().find(|row| row.line == sample.line);
-    let mut items: Vec<(&Sample, &Row)> = samples.iter().filter_map(|s| Some((s, by_line(s)?))).collect();
-    if let Some(column) = &args.by
-        && !items.iter().any(|(_, row)| row.columns.contains_key(column))
-    {
-        let mut names: Vec<&str> = items
-            .iter()
-            .flat_map(|(_, row)| row.columns.keys())
-            .map(String::as_str)
-            .collect();
-        names.sort_unstable();
-        names.dedup();
-        anyhow::bail!(UsageError::Usage(format!(
-            "--by {column}: no row has this column\nhint: the columns are {}",
-            if names.is_empty() {
-                "none".into()
-            } else {
-                names.join(", ")
-            }
-        )));
+    let by_line: HashMap<usize, &Row> = rows.rows.iter().flatten().map(|row| (row.line, row)).collect();
+    let mut items: Vec<(&Sample, &Row)> = samples
+        .iter()
+        .filter_map(|sample| Some((sample, *by_line.get(&sample.line)?)))
+        .collect();
+    if let Some(column) = &args.by {
+        check_column(column, &items)?;
     }
     // Rows of one length together: a batch goes on until its longest answer ends.
     items.sort_by_key(|(sample, _)| sample.ids.len());
 
     let bar = output.progress(items.len() as u64, BAR);
     let mut table = Table::default();
+    let mut written: Vec<Line> = Vec::new();
     let (mut too_long, mut done) = (0, 0);
     for part in items.chunks(args.batch_size) {
         if stop.load(Ordering::Relaxed) {
@@ -131,28 +133,23 @@ fn evaluate(args: &Args, output: Output, stop: &AtomicBool) -> anyhow::Result<()
                 None => {}
             }
         }
+        let group = |row: &Row| args.by.as_ref().map(|column| shown(row.columns.get(column)));
         let (places, prompts): (Vec<usize>, Vec<Prompt>) = prompts.into_iter().unzip();
         let stop = Stop::within(encoder.eos(), args.max_new_tokens, longest, &prompts);
-        for (i, answer) in places
-            .into_iter()
-            .zip(answers(&model, &prompts, &stop, |ids| encoder.decode(ids))?)
-        {
-            tracing::debug!(
-                question = answer.question,
-                answer = answer.answer,
-                expected = answer.expected,
-                exact = answer.exact
-            );
-            scores[i].answered = 1;
-            scores[i].exact = usize::from(answer.exact);
+        let answers = answers(&model, &prompts, &stop, |ids| encoder.decode(ids))?;
+        for (i, answer) in places.into_iter().zip(answers) {
+            scores[i].answer(&answer);
+            if args.samples.is_some() {
+                written.push(Line {
+                    line: part[i].1.line,
+                    by: group(part[i].1),
+                    answer,
+                    loss: scores[i].figures().loss,
+                });
+            }
         }
         for (score, (_, row)) in scores.iter().zip(part) {
-            let value = args.by.as_ref().map(|column| match row.columns.get(column) {
-                Some(serde_json::Value::String(text)) => text.clone(),
-                Some(other) => other.to_string(),
-                None => "(none)".to_owned(),
-            });
-            table.add(value.as_deref(), score);
+            table.add(group(row).as_deref(), score);
         }
         done += part.len();
         bar.set_position(done as u64);
@@ -167,10 +164,62 @@ fn evaluate(args: &Args, output: Output, stop: &AtomicBool) -> anyhow::Result<()
     if too_long > 0 && !output.quiet {
         eprintln!("warning: {too_long} rows have no answer: the prompt fills the model's {longest} tokens");
     }
+    if let Some(path) = &args.samples {
+        written.sort_by_key(|line| line.line);
+        write_lines(path, &written).with_context(|| format!("cannot write {}", path.display()))?;
+    }
     print(args, output, &table, &report)
 }
 
-fn print(args: &Args, output: Output, table: &Table, report: &crate::data::DataReport) -> anyhow::Result<()> {
+/// A line of `--samples`.
+#[derive(Debug, Serialize)]
+struct Line {
+    line: usize,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    by: Option<String>,
+    #[serde(flatten)]
+    answer: Answer,
+    loss: Option<f64>,
+}
+
+fn write_lines(path: &std::path::Path, lines: &[Line]) -> std::io::Result<()> {
+    let mut file = OutputFile::create(path)?;
+    for line in lines {
+        writeln!(file.file_mut(), "{}", serde_json::to_string(line)?)?;
+    }
+    file.commit()
+}
+
+/// A column's value as the name of a group.
+fn shown(value: Option<&Value>) -> String {
+    match value {
+        Some(Value::String(text)) => text.clone(),
+        Some(other) => other.to_string(),
+        None => "(none)".to_owned(),
+    }
+}
+
+fn check_column(column: &str, items: &[(&Sample, &Row)]) -> anyhow::Result<()> {
+    let mut names: Vec<&str> = items
+        .iter()
+        .flat_map(|(_, row)| row.columns.keys())
+        .map(String::as_str)
+        .collect();
+    names.sort_unstable();
+    names.dedup();
+    if names.contains(&column) {
+        return Ok(());
+    }
+    let names = match names.is_empty() {
+        true => "none".to_owned(),
+        false => names.join(", "),
+    };
+    anyhow::bail!(UsageError::Usage(format!(
+        "--by {column}: no row has this column\nhint: the columns are {names}"
+    )))
+}
+
+fn print(args: &Args, output: Output, table: &Table, report: &DataReport) -> anyhow::Result<()> {
     if output.json {
         let mut json = Map::new();
         json.insert("model".into(), json!(args.model));
@@ -190,31 +239,47 @@ fn print(args: &Args, output: Output, table: &Table, report: &crate::data::DataR
         println!("{}", serde_json::Value::Object(json));
         return Ok(());
     }
-    let shown = |value: Option<f64>| value.map_or("-".to_owned(), |value| format!("{value:.4}"));
+    let number = |value: Option<f64>| value.map_or("-".to_owned(), |value| format!("{value:.4}"));
+    let percent =
+        |value: Option<f64>| value.map_or("-".to_owned(), |share| format!("{:.1} %", share * 100.0));
+    let all = table.all.figures();
+    let fields: Vec<&String> = all.fields.keys().collect();
     let line = |name: &str, figures: &Figures| {
-        let exact = figures.exact_match.map_or("-".to_owned(), |share| {
-            format!(
-                "{:.1} % ({} of {})",
-                share * 100.0,
+        let exact = match figures.exact_match {
+            Some(_) => format!(
+                "{} ({} of {})",
+                percent(figures.exact_match),
                 figures.exact,
                 figures.answered
-            )
-        });
-        println!(
-            "{name:<12} {:>9} {:>11}  {exact}",
-            shown(figures.loss),
-            shown(figures.perplexity)
-        );
+            ),
+            None => "-".to_owned(),
+        };
+        let (loss, perplexity) = (number(figures.loss), number(figures.perplexity));
+        print!("{name:<12} {loss:>9} {perplexity:>11}  {exact:<22}");
+        if all.valid_json.is_some() {
+            print!(" {:>10}", percent(figures.valid_json));
+        }
+        for field in &fields {
+            let width = field.chars().count().max(8);
+            print!(" {:>width$}", percent(figures.fields.get(*field).copied()));
+        }
+        println!();
     };
-    println!(
-        "{:<12} {:>9} {:>11}  exact match",
-        args.by.as_deref().unwrap_or(""),
-        "loss",
-        "perplexity"
+    let group = args.by.as_deref().unwrap_or("");
+    print!(
+        "{group:<12} {:>9} {:>11}  {:<22}",
+        "loss", "perplexity", "exact match"
     );
+    if all.valid_json.is_some() {
+        print!(" {:>10}", "valid JSON");
+    }
+    for field in &fields {
+        print!(" {field:>8}");
+    }
+    println!();
     for (value, score) in &table.by {
         line(value, &score.figures());
     }
-    line("all", &table.all.figures());
+    line("all", &all);
     Ok(())
 }

@@ -4,11 +4,12 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use pipit_convert::checkpoint::read_json_object;
+use pipit_convert::import::GgufCheckpoint;
 use rayon::prelude::*;
 use serde_json::Value;
 use tokenizers::Tokenizer;
 
-use super::{Content, DataError, DataReport, ReadRow, Row};
+use super::{Content, DataError, DataReport, Row, Rows};
 use crate::batch::IGNORED;
 use crate::template::ChatTemplate;
 
@@ -57,8 +58,19 @@ enum Encoded {
 }
 
 impl Encoder {
-    /// Reads `tokenizer.json`, the chat template and the end tokens; checks the tokens against the embedding.
-    pub fn open(dir: &Path, vocab_size: usize) -> Result<Self, DataError> {
+    /// Reads the tokenizer, the chat template and the end tokens of a checkpoint folder or a GGUF file; checks the
+    /// tokens against the embedding.
+    pub fn open(model: &Path, vocab_size: usize) -> Result<Self, DataError> {
+        if !model.is_file() {
+            return Self::open_folder(model, vocab_size);
+        }
+        let write = |source| DataError::Scratch { source };
+        let folder = tempfile::tempdir().map_err(write)?;
+        GgufCheckpoint::open(model)?.write_files(folder.path())?;
+        Self::open_folder(folder.path(), vocab_size)
+    }
+
+    fn open_folder(dir: &Path, vocab_size: usize) -> Result<Self, DataError> {
         let path = dir.join("tokenizer.json");
         let bad = |why: String| DataError::Tokenizer {
             path: path.clone(),
@@ -127,7 +139,13 @@ impl Encoder {
         }
     }
 
-    fn ids(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, DataError> {
+    /// The tokens of a text, with the special ones that the tokenizer adds.
+    pub fn tokens(&self, text: &str) -> Result<Vec<u32>, DataError> {
+        self.ids(text, true)
+    }
+
+    /// The tokens of a text, with those that the tokenizer puts around it where they are asked for.
+    pub fn ids(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, DataError> {
         let encoding = self
             .tokenizer
             .encode(text, add_special_tokens)
@@ -139,13 +157,15 @@ impl Encoder {
     pub fn samples(
         &self,
         path: &Path,
-        rows: &[ReadRow],
+        rows: &Rows,
         max_length: usize,
     ) -> Result<(Vec<Sample>, DataReport), DataError> {
         let mut report = DataReport {
-            rows: rows.len(),
+            rows: rows.rows.len(),
+            beyond_limit: rows.beyond_limit,
             ..DataReport::default()
         };
+        let rows = &rows.rows;
         let encoded: Vec<_> = rows
             .par_iter()
             .map(|row| row.as_ref().ok().map(|row| self.encode(path, row, max_length)))
@@ -168,8 +188,6 @@ impl Encoder {
                     truncated,
                     uneven,
                 } => {
-                    report.tokens += sample.ids.len();
-                    report.trained_tokens += sample.labels.iter().filter(|label| **label != IGNORED).count();
                     if truncated {
                         report.truncated.push(row.line);
                     }
@@ -180,7 +198,7 @@ impl Encoder {
                 }
             }
         }
-        report.used = samples.len();
+        report.count(&samples);
         if samples.is_empty() {
             let why = report
                 .warnings()
@@ -203,13 +221,13 @@ impl Encoder {
                     .iter()
                     .rev()
                     .find(|message| message["role"] == "assistant");
-                if last
-                    .and_then(|m| m["content"].as_str())
-                    .is_none_or(|text| text.trim().is_empty())
-                {
+                let calls =
+                    last.is_some_and(|m| m["tool_calls"].as_array().is_some_and(|calls| !calls.is_empty()));
+                let text = last.and_then(|m| m["content"].as_str()).unwrap_or_default();
+                if text.trim().is_empty() && !calls {
                     return Ok(Encoded::EmptyAnswer);
                 }
-                self.conversation(path, row.line, messages)?
+                self.conversation(path, row, messages)?
             }
             Content::Completion { completion, .. } if completion.trim().is_empty() => {
                 return Ok(Encoded::EmptyAnswer);
@@ -269,16 +287,16 @@ impl Encoder {
     }
 
     /// The tokens of a conversation, and the ranges of the assistant's turns, each with its end token.
-    fn conversation(&self, path: &Path, line: usize, messages: &[Value]) -> Result<Spans, DataError> {
-        let template = self.template(path, line)?;
+    fn conversation(&self, path: &Path, row: &Row, messages: &[Value]) -> Result<Spans, DataError> {
+        let template = self.template(path, row.line)?;
         let refused = |why: String| DataError::Refused {
             path: path.to_path_buf(),
-            line,
+            line: row.line,
             why,
         };
         let render = |upto: usize, answer_follows: bool| {
             template
-                .render(&messages[..upto], answer_follows)
+                .render(&messages[..upto], row.tools.as_ref(), answer_follows)
                 .map_err(|e| refused(e.to_string()))
         };
         let whole = render(messages.len(), false)?;
@@ -329,19 +347,31 @@ impl Encoder {
                     line: row.line,
                     why: e.to_string(),
                 };
-                let text = self
-                    .template(path, row.line)?
-                    .render(&messages[..last], true)
-                    .map_err(refused)?;
-                let content = |message: &Value| message["content"].as_str().unwrap_or_default().to_owned();
+                let render = |upto: usize, answer_follows: bool| {
+                    let template = self.template(path, row.line)?;
+                    template
+                        .render(&messages[..upto], row.tools.as_ref(), answer_follows)
+                        .map_err(refused)
+                };
+                let text = render(last, true)?;
+                let content = |message: &Value| message["content"].as_str().map(str::to_owned);
                 let question = messages[..last]
                     .iter()
                     .rev()
                     .find(|message| message["role"] == "user");
+                // A call of tools is compared as the template writes it.
+                let answer = match content(&messages[last]) {
+                    Some(answer) => answer,
+                    None => {
+                        let whole = render(last + 1, false)?;
+                        let ids = self.ids(whole.strip_prefix(&text).unwrap_or(&whole), false)?;
+                        self.decode(&ids)?
+                    }
+                };
                 Ok(Some(Prompt {
                     ids: self.ids(&text, false)?,
-                    question: question.map(content).unwrap_or_default(),
-                    answer: content(&messages[last]),
+                    question: question.and_then(content).unwrap_or_default(),
+                    answer,
                 }))
             }
         }

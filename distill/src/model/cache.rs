@@ -7,7 +7,6 @@ use super::ops::{Heads, Sequence, attend, with_elements};
 /// The cache of several sequences, each of its own length.
 #[derive(Debug)]
 pub struct KvCache {
-    heads: Heads,
     /// `[layer][sequence]`.
     layers: Vec<Vec<Rows>>,
     lengths: Vec<usize>,
@@ -21,15 +20,26 @@ struct Rows {
 
 impl KvCache {
     /// An empty cache.
-    pub fn new(layers: usize, sequences: usize, heads: Heads) -> Self {
+    pub fn new(layers: usize, sequences: usize) -> Self {
         Self {
-            heads,
             layers: vec![vec![Rows::default(); sequences]; layers],
             lengths: vec![0; sequences],
         }
     }
 
-    /// How many tokens each sequence holds.
+    /// Puts the same keys and values, `[n, kv_width]`, before those of every sequence of a layer, which must be empty.
+    pub(crate) fn put_before(&mut self, layer: usize, k: &Tensor, v: &Tensor) -> Result<()> {
+        let (count, k, v) = (
+            k.dim(0)?,
+            k.flatten_all()?.to_vec1()?,
+            v.flatten_all()?.to_vec1()?,
+        );
+        self.layers[layer].fill(Rows { k, v });
+        self.lengths.fill(count);
+        Ok(())
+    }
+
+    /// How many rows each sequence holds: its tokens, and virtual ones before them.
     pub fn lengths(&self) -> &[usize] {
         &self.lengths
     }
@@ -52,13 +62,11 @@ impl KvCache {
         q: &Tensor,
         k: &Tensor,
         v: &Tensor,
+        heads: Heads,
         starts: &[usize],
     ) -> Result<Tensor> {
         const OP: &str = "cached attention";
-        let (q_width, kv_width) = (
-            self.heads.heads * self.heads.head_dim,
-            self.heads.kv_heads * self.heads.head_dim,
-        );
+        let (q_width, kv_width) = (heads.q_width(), heads.kv_width());
         let rows = &mut self.layers[layer];
         for (tensor, values) in [(k, false), (v, true)] {
             with_elements::<f32, _>(tensor, OP, |new| {
@@ -79,7 +87,7 @@ impl KvCache {
                     v: &rows.v,
                 })
                 .collect();
-            Ok(attend(&sequences, self.heads))
+            Ok(attend(&sequences, heads))
         })?;
         Tensor::from_vec(out, q.dims(), q.device())
     }

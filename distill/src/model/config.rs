@@ -1,16 +1,54 @@
-//! `config.json` of a llama, in the spellings of transformers 4 and 5.
+//! `config.json` of a decoder, in the spellings of transformers 4 and 5. What a configuration asks for and this
+//! implementation does not have is refused by name.
+//!
+//! Source: transformers models/{llama,qwen2,qwen3,gemma3}/configuration_*.py.
+
+mod reader;
+mod rope;
 
 use std::path::Path;
 
 use pipit_convert::checkpoint::Checkpoint;
+pub(super) use reader::Reader;
+pub use rope::{Rope, Scaling};
 use serde_json::{Map, Value};
 
-use super::ModelError;
 use super::ops::{Heads, RopeTable};
+use super::{ModelError, gemma3, llama, qwen2, qwen3};
 
-/// The sizes and constants of a llama.
+/// Which kind of decoder: `model_type`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Architecture {
+    /// Llama 2 and 3, SmolLM2, TinyLlama.
+    Llama,
+    /// Qwen 2 and 2.5, and what was distilled into them.
+    Qwen2,
+    /// The dense models of Qwen 3.
+    Qwen3,
+    /// Gemma 3 without its eyes.
+    Gemma3,
+}
+
+impl Architecture {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::Llama, Self::Qwen2, Self::Qwen3, Self::Gemma3];
+
+    /// The name in `config.json`.
+    pub fn model_type(self) -> &'static str {
+        match self {
+            Self::Llama => "llama",
+            Self::Qwen2 => "qwen2",
+            Self::Qwen3 => "qwen3",
+            Self::Gemma3 => "gemma3_text",
+        }
+    }
+}
+
+/// The sizes and constants of a decoder.
 #[derive(Debug, Clone, PartialEq)]
-pub struct LlamaConfig {
+pub struct Config {
+    /// Which kind.
+    pub architecture: Architecture,
     /// The number of tokens that the embedding knows.
     pub vocab_size: usize,
     /// The width of the hidden states.
@@ -25,136 +63,53 @@ pub struct LlamaConfig {
     pub num_key_value_heads: usize,
     /// The width of one head.
     pub head_dim: usize,
+    /// What the products of queries and keys are multiplied by.
+    pub attention_scale: f64,
+    /// For each block the number of tokens that a token sees, itself and those before it; all where there is none.
+    pub windows: Vec<Option<usize>>,
     /// The longest sequence that the model was made for, in tokens.
     pub max_position_embeddings: usize,
     /// ε of the norms.
     pub rms_norm_eps: f64,
     /// Whether the output layer is the embedding.
     pub tie_word_embeddings: bool,
-    /// The base of the rotary embedding.
-    pub rope_theta: f64,
-    /// Llama 3's stretching of the rotary embedding.
-    pub rope_llama3: Option<Llama3Rope>,
+    /// The rotary embedding.
+    pub rope: Rope,
+    /// The one of blocks with a window, where they have their own.
+    pub local_rope: Option<Rope>,
 }
 
-/// `rope_type: llama3`.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Llama3Rope {
-    factor: f64,
-    low_freq_factor: f64,
-    high_freq_factor: f64,
-    original_max_position_embeddings: f64,
-}
-
-/// A JSON object with the path that errors name.
-struct Reader<'a> {
-    path: &'a Path,
-    json: &'a Map<String, Value>,
-}
-
-impl Reader<'_> {
-    fn bad(&self, key: &'static str, why: impl Into<String>) -> ModelError {
-        ModelError::Config {
-            path: self.path.to_path_buf(),
-            key,
-            why: why.into(),
-        }
-    }
-
-    fn get(&self, key: &str) -> Option<&Value> {
-        self.json.get(key).filter(|value| !value.is_null())
-    }
-
-    /// A positive integer.
-    fn size(&self, key: &'static str) -> Result<usize, ModelError> {
-        let value = self.get(key).ok_or_else(|| self.bad(key, "is missing"))?;
-        match value.as_u64().and_then(|n| usize::try_from(n).ok()) {
-            // No model has a dimension beyond 2³²; products of two sizes then cannot overflow.
-            Some(n) if n > 0 && u32::try_from(n).is_ok() => Ok(n),
-            _ => Err(self.bad(key, format!("{value} is not a size"))),
-        }
-    }
-
-    fn size_or(&self, key: &'static str, default: usize) -> Result<usize, ModelError> {
-        if self.get(key).is_some() {
-            self.size(key)
-        } else {
-            Ok(default)
-        }
-    }
-
-    /// A finite number above 0.
-    fn number(&self, key: &'static str) -> Result<f64, ModelError> {
-        let value = self.get(key).ok_or_else(|| self.bad(key, "is missing"))?;
-        match value.as_f64() {
-            Some(x) if x.is_finite() && x > 0.0 => Ok(x),
-            _ => Err(self.bad(key, format!("{value} is not a positive number"))),
-        }
-    }
-
-    fn flag(&self, key: &'static str, default: bool) -> Result<bool, ModelError> {
-        match self.get(key) {
-            None => Ok(default),
-            Some(value) => value
-                .as_bool()
-                .ok_or_else(|| self.bad(key, format!("{value} is not true or false"))),
-        }
-    }
-}
-
-impl LlamaConfig {
-    /// Reads the checkpoint's `config.json`, and refuses by name what this implementation does not have.
+impl Config {
+    /// Reads the checkpoint's `config.json`.
     pub fn read(checkpoint: &Checkpoint) -> Result<Self, ModelError> {
         Self::parse(&checkpoint.dir().join("config.json"), checkpoint.config())
     }
 
-    fn parse(path: &Path, json: &Map<String, Value>) -> Result<Self, ModelError> {
+    /// The same of what stands in `config.json`, or would; errors name `path`.
+    pub(super) fn parse(path: &Path, json: &Map<String, Value>) -> Result<Self, ModelError> {
         let reader = Reader { path, json };
-        let model_type = reader
+        let found = reader
             .get("model_type")
             .and_then(Value::as_str)
             .unwrap_or_default();
-        if model_type != "llama" {
-            return Err(ModelError::Architecture {
-                path: path.to_path_buf(),
-                found: model_type.to_owned(),
-            });
-        }
-        for key in ["attention_bias", "mlp_bias"] {
-            if reader.flag(key, false)? {
-                return Err(reader.bad(key, "biases of linear layers are not supported for llama"));
-            }
-        }
-        if let Some(act) = reader
-            .get("hidden_act")
-            .filter(|act| act.as_str() != Some("silu"))
-        {
-            return Err(reader.bad("hidden_act", format!("{act} is not supported, only \"silu\"")));
-        }
-        if reader.get("quantization_config").is_some() {
-            return Err(reader.bad("quantization_config", "quantised checkpoints cannot be trained"));
-        }
-        let hidden_size = reader.size("hidden_size")?;
-        let num_attention_heads = reader.size("num_attention_heads")?;
-        let (rope_theta, rope_llama3) = read_rope(&reader)?;
-        let config = Self {
-            vocab_size: reader.size("vocab_size")?,
-            hidden_size,
-            intermediate_size: reader.size("intermediate_size")?,
-            num_hidden_layers: reader.size("num_hidden_layers")?,
-            num_attention_heads,
-            num_key_value_heads: reader.size_or("num_key_value_heads", num_attention_heads)?,
-            head_dim: reader.size_or("head_dim", hidden_size / num_attention_heads)?,
-            max_position_embeddings: reader.size_or("max_position_embeddings", 2048)?,
-            rms_norm_eps: if reader.get("rms_norm_eps").is_some() {
-                reader.number("rms_norm_eps")?
-            } else {
-                1e-6
-            },
-            tie_word_embeddings: reader.flag("tie_word_embeddings", false)?,
-            rope_theta,
-            rope_llama3,
-        };
+        let architecture = Architecture::ALL
+            .into_iter()
+            .find(|known| known.model_type() == found);
+        let architecture = architecture.ok_or_else(|| ModelError::Architecture {
+            path: path.to_path_buf(),
+            found: found.to_owned(),
+        })?;
+        reader.refuse_values(
+            &["quantization_config"],
+            "quantised checkpoints cannot be trained",
+        )?;
+        reader.refuse_flags(&["attention_bias", "mlp_bias"], "these biases are not supported")?;
+        let config = match architecture {
+            Architecture::Llama => llama::config(&reader),
+            Architecture::Qwen2 => qwen2::config(&reader),
+            Architecture::Qwen3 => qwen3::config(&reader),
+            Architecture::Gemma3 => gemma3::config(&reader),
+        }?;
         if !config
             .num_attention_heads
             .is_multiple_of(config.num_key_value_heads)
@@ -170,85 +125,101 @@ impl LlamaConfig {
         Ok(config)
     }
 
-    /// The head sizes.
-    pub fn heads(&self) -> Heads {
+    /// What the architectures have in common: every block sees everything, and attention is scaled by 1/√head_dim.
+    pub(super) fn common(
+        reader: &Reader<'_>,
+        architecture: Architecture,
+        defaults: Defaults,
+        rope: Rope,
+    ) -> Result<Self, ModelError> {
+        let hidden_size = reader.size("hidden_size")?;
+        let num_attention_heads = reader.size("num_attention_heads")?;
+        let num_hidden_layers = reader.size("num_hidden_layers")?;
+        let head_dim = defaults.head_dim.unwrap_or(hidden_size / num_attention_heads);
+        let head_dim = reader.size_or("head_dim", head_dim)?;
+        Ok(Self {
+            architecture,
+            vocab_size: reader.size("vocab_size")?,
+            hidden_size,
+            intermediate_size: reader.size("intermediate_size")?,
+            num_hidden_layers,
+            num_attention_heads,
+            num_key_value_heads: reader.size_or("num_key_value_heads", num_attention_heads)?,
+            head_dim,
+            attention_scale: 1.0 / (head_dim as f64).sqrt(),
+            windows: vec![None; num_hidden_layers],
+            max_position_embeddings: reader
+                .size_or("max_position_embeddings", defaults.max_position_embeddings)?,
+            rms_norm_eps: reader.number_or("rms_norm_eps", 1e-6)?,
+            tie_word_embeddings: reader.flag("tie_word_embeddings", defaults.tie_word_embeddings)?,
+            rope,
+            local_rope: None,
+        })
+    }
+
+    /// The head sizes of a block, and what its attention sees.
+    pub fn heads(&self, block: usize) -> Heads {
         Heads {
             heads: self.num_attention_heads,
             kv_heads: self.num_key_value_heads,
             head_dim: self.head_dim,
+            scale: self.attention_scale,
+            window: self.windows.get(block).copied().flatten(),
         }
     }
 
-    /// The rotary embedding, `rope_theta^(−2i / head_dim)` per pair, stretched as Llama 3 does where asked.
-    pub fn rope_table(&self) -> RopeTable {
-        let pairs = self.head_dim / 2;
-        RopeTable::new(
-            (0..pairs)
-                .map(|i| {
-                    let freq = self.rope_theta.powf(-(2.0 * i as f64) / self.head_dim as f64);
-                    self.rope_llama3.map_or(freq, |rope| rope.stretch(freq)) as f32
-                })
-                .collect(),
-        )
+    /// The rotary embeddings that the blocks choose from with [`Config::rope_of`].
+    pub fn rope_tables(&self) -> Vec<RopeTable> {
+        let ropes = std::iter::once(&self.rope).chain(&self.local_rope);
+        ropes.map(|rope| rope.table(self.head_dim)).collect()
+    }
+
+    /// Which of the rotary embeddings a block turns by.
+    pub fn rope_of(&self, block: usize) -> usize {
+        usize::from(self.local_rope.is_some() && self.heads(block).window.is_some())
+    }
+
+    /// What the embeddings of the tokens are multiplied by, where they are.
+    pub fn embedding_scale(&self) -> Option<f64> {
+        // transformers makes it a tensor of the weights' type: it is rounded to f32 where it is used.
+        (self.architecture == Architecture::Gemma3).then(|| (self.hidden_size as f64).sqrt())
     }
 }
 
-impl Llama3Rope {
-    /// transformers' `_compute_llama3_parameters`: long waves are stretched, short ones not, between them a ramp.
-    fn stretch(self, freq: f64) -> f64 {
-        let wavelength = std::f64::consts::TAU / freq;
-        let turns = self.original_max_position_embeddings / wavelength;
-        if turns < self.low_freq_factor {
-            freq / self.factor
-        } else if turns > self.high_freq_factor {
-            freq
-        } else {
-            let smooth = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor);
-            (1.0 - smooth) * freq / self.factor + smooth * freq
-        }
-    }
+/// What stands for keys that `config.json` leaves out; it differs between the architectures.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Defaults {
+    /// None for hidden_size / num_attention_heads.
+    pub(super) head_dim: Option<usize>,
+    pub(super) max_position_embeddings: usize,
+    pub(super) tie_word_embeddings: bool,
 }
 
-/// `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (before).
-fn read_rope(reader: &Reader<'_>) -> Result<(f64, Option<Llama3Rope>), ModelError> {
-    let object = |key: &'static str| match reader.get(key) {
-        None => Ok(None),
-        Some(Value::Object(json)) => Ok(Some(Reader {
-            path: reader.path,
-            json,
-        })),
-        Some(other) => Err(reader.bad(key, format!("{other} is not an object"))),
+/// The window of each block, from `layer_types`, or where it is left out from the architecture's rule.
+/// `size` is the window's, where the configuration has one.
+pub(super) fn windows(
+    reader: &Reader<'_>,
+    size: Option<usize>,
+    rule: impl Fn(usize) -> bool,
+) -> Result<Vec<Option<usize>>, ModelError> {
+    const KEY: &str = "layer_types";
+    let layers = reader.size("num_hidden_layers")?;
+    let window = |sees_window: bool| match (sees_window, size) {
+        (false, _) => Ok(None),
+        (true, Some(size)) => Ok(Some(size)),
+        (true, None) => Err(reader.bad("sliding_window", "is missing, and some blocks have a window")),
     };
-    let parameters = object("rope_parameters")?;
-    let scaling = object("rope_scaling")?;
-    let theta = match &parameters {
-        Some(inner) if inner.get("rope_theta").is_some() => inner.number("rope_theta")?,
-        _ if reader.get("rope_theta").is_some() => reader.number("rope_theta")?,
-        _ => 10_000.0,
+    let Some(types) = reader.get(KEY) else {
+        return (0..layers).map(|layer| window(rule(layer))).collect();
     };
-    let Some(inner) = parameters.or(scaling) else {
-        return Ok((theta, None));
-    };
-    let kind = inner
-        .get("rope_type")
-        .or_else(|| inner.get("type"))
-        .and_then(Value::as_str);
-    match kind.unwrap_or("default") {
-        "default" => Ok((theta, None)),
-        "llama3" => {
-            let rope = Llama3Rope {
-                factor: inner.number("factor")?,
-                low_freq_factor: inner.number("low_freq_factor")?,
-                high_freq_factor: inner.number("high_freq_factor")?,
-                original_max_position_embeddings: inner.number("original_max_position_embeddings")?,
-            };
-            Ok((theta, Some(rope)))
-        }
-        other => Err(reader.bad(
-            "rope_type",
-            format!("{other:?} is not supported, `default` and `llama3` are"),
-        )),
-    }
+    let types = types.as_array().filter(|types| types.len() == layers);
+    let types = types.ok_or_else(|| reader.bad(KEY, format!("is no list of {layers} kinds")))?;
+    let kinds = types.iter().map(|kind| match kind.as_str() {
+        Some("full_attention") => window(false),
+        Some("sliding_attention") => window(true),
+        _ => Err(reader.bad(KEY, format!("{kind} is not supported"))),
+    });
+    kinds.collect()
 }
 
 #[cfg(test)]
@@ -256,47 +227,132 @@ mod tests {
     use super::*;
     use serde_json::json;
 
-    fn parse(change: impl FnOnce(&mut Map<String, Value>)) -> Result<LlamaConfig, ModelError> {
-        let mut json = json!({"model_type": "llama", "vocab_size": 256, "hidden_size": 64, "intermediate_size": 96,
-            "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5});
-        change(json.as_object_mut().unwrap());
-        LlamaConfig::parse(Path::new("config.json"), json.as_object().unwrap())
+    fn minimal(model_type: &str) -> Map<String, Value> {
+        let json = json!({"model_type": model_type, "vocab_size": 256, "hidden_size": 64, "intermediate_size": 96,
+            "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5});
+        json.as_object().unwrap().clone()
+    }
+
+    /// A minimal configuration with some keys changed.
+    fn parse(model_type: &str, change: Value) -> Result<Config, ModelError> {
+        let mut json = minimal(model_type);
+        let Value::Object(change) = change else {
+            panic!("{change} is no object")
+        };
+        json.extend(change);
+        Config::parse(Path::new("config.json"), &json)
     }
 
     #[test]
     fn both_spellings_of_rope_are_read() {
-        assert_eq!(parse(|_| ()).unwrap().rope_theta, 10_000.0);
-        let old = parse(|c| drop(c.insert("rope_theta".into(), json!(5e5)))).unwrap();
-        let new = json!({"rope_type": "default", "rope_theta": 5e5});
-        assert_eq!(
-            old,
-            parse(|c| drop(c.insert("rope_parameters".into(), new))).unwrap()
-        );
+        assert_eq!(parse("llama", json!({})).unwrap().rope.theta, 10_000.0);
+        let old = parse("qwen2", json!({"rope_theta": 5e5})).unwrap();
+        let new = json!({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}});
+        assert_eq!(old, parse("qwen2", new).unwrap());
         assert_eq!(old.head_dim, 16);
+        let old = json!({"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}});
+        let new = json!({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}});
+        assert_eq!(parse("llama", old).unwrap(), parse("llama", new).unwrap());
+    }
+
+    #[test]
+    fn both_spellings_of_gemmas_two_ropes_and_windows_are_read() {
+        let old = json!({"rope_theta": 1e5, "rope_local_base_freq": 500.0, "sliding_window": 8,
+            "rope_scaling": {"rope_type": "linear", "factor": 8.0}, "sliding_window_pattern": 2});
+        let new = json!({"sliding_window": 8,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e5},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 500.0}}});
+        let config = parse("gemma3_text", old).unwrap();
+        assert_eq!(config, parse("gemma3_text", new).unwrap());
+        assert_eq!(config.windows, [Some(8), None, Some(8)]);
+        assert_eq!([0, 1, 2].map(|block| config.rope_of(block)), [1, 0, 1]);
+        assert_eq!(config.rope.scaling, Scaling::Linear(8.0));
+        assert_eq!(
+            config.local_rope.map(|rope| (rope.theta, rope.scaling)),
+            Some((500.0, Scaling::None))
+        );
+        // What is left out is what transformers has for it.
+        let plain = parse("gemma3_text", json!({})).unwrap();
+        assert_eq!((plain.head_dim, plain.attention_scale), (256, 1.0 / 16.0));
+        assert_eq!(plain.windows, [Some(4096); 3]);
+        assert_eq!(plain.rope.theta, 1e6);
+        assert!(plain.tie_word_embeddings);
+    }
+
+    #[test]
+    fn qwens_windows_are_transformers() {
+        let windows = |change| parse("qwen2", change).map(|config| config.windows);
+        // Many checkpoints carry a size that `use_sliding_window` switches off.
+        let off = json!({"use_sliding_window": false, "sliding_window": 8, "max_window_layers": 0});
+        assert_eq!(windows(off).unwrap(), [None; 3]);
+        let on = json!({"use_sliding_window": true, "sliding_window": 8, "max_window_layers": 1});
+        assert_eq!(windows(on).unwrap(), [None, Some(8), Some(8)]);
+        let null = json!({"use_sliding_window": true, "sliding_window": null, "max_window_layers": 1});
+        assert_eq!(windows(null).unwrap(), [None; 3]);
+        let default = json!({"use_sliding_window": true, "max_window_layers": 2});
+        assert_eq!(windows(default).unwrap(), [None, None, Some(4096)]);
+        let types = ["sliding_attention", "full_attention", "full_attention"];
+        let listed = json!({"use_sliding_window": true, "sliding_window": 8, "layer_types": types});
+        assert_eq!(windows(listed).unwrap(), [Some(8), None, None]);
+        let error = windows(json!({"layer_types": types})).unwrap_err().to_string();
+        assert!(error.contains("sliding_window"), "{error}");
+    }
+
+    #[test]
+    fn qwen3_has_heads_of_128_where_nothing_is_said() {
+        assert_eq!(parse("qwen3", json!({})).unwrap().head_dim, 128);
+        assert_eq!(parse("qwen3", json!({"head_dim": 24})).unwrap().head_dim, 24);
     }
 
     #[test]
     fn what_is_not_built_is_refused_by_name() {
-        for (key, value) in [
-            ("attention_bias", json!(true)),
-            ("mlp_bias", json!(true)),
-            ("hidden_act", json!("gelu")),
-            ("rope_scaling", json!({"rope_type": "yarn", "factor": 4.0})),
-            ("quantization_config", json!({"bits": 4})),
-            ("num_key_value_heads", json!(3)),
-            ("hidden_size", json!(-1)),
-            ("head_dim", json!(15)),
+        for (model_type, key, value) in [
+            ("llama", "attention_bias", json!(true)),
+            ("llama", "mlp_bias", json!(true)),
+            ("llama", "hidden_act", json!("gelu")),
+            (
+                "llama",
+                "rope_scaling",
+                json!({"rope_type": "yarn", "factor": 4.0}),
+            ),
+            (
+                "llama",
+                "rope_parameters",
+                json!({"full_attention": {"rope_theta": 1e4}}),
+            ),
+            ("llama", "partial_rotary_factor", json!(0.5)),
+            ("llama", "quantization_config", json!({"bits": 4})),
+            ("llama", "num_key_value_heads", json!(3)),
+            ("llama", "hidden_size", json!(-1)),
+            ("llama", "head_dim", json!(15)),
+            ("qwen2", "use_mrope", json!(true)),
+            ("qwen2", "hidden_act", json!("relu")),
+            ("qwen3", "attention_bias", json!(true)),
+            ("qwen3", "layer_types", json!(["full_attention"])),
+            (
+                "qwen3",
+                "layer_types",
+                json!(["full_attention", "chunked_attention", "full_attention"]),
+            ),
+            ("gemma3_text", "hidden_activation", json!("gelu")),
+            ("gemma3_text", "use_bidirectional_attention", json!(true)),
+            ("gemma3_text", "final_logit_softcapping", json!(30.0)),
+            ("gemma3_text", "attn_logit_softcapping", json!(50.0)),
+            ("gemma3_text", "sliding_window_pattern", json!(0)),
+            ("gemma3_text", "rope_parameters", json!({"rope_theta": 1e4})),
         ] {
-            let error = parse(|c| drop(c.insert(key.into(), value)))
-                .unwrap_err()
-                .to_string();
-            assert!(error.contains(key) || error.contains("yarn"), "{key}: {error}");
+            let error = parse(model_type, json!({key: value})).unwrap_err().to_string();
+            assert!(
+                error.contains(&format!("`{key}`")),
+                "{model_type}, {key}: {error}"
+            );
         }
-        assert!(
-            parse(|c| drop(c.insert("model_type".into(), json!("gpt2"))))
-                .unwrap_err()
-                .to_string()
-                .contains("gpt2")
-        );
+        let error = parse("gpt2", json!({})).unwrap_err().to_string();
+        for name in ["gpt2", "llama", "qwen2", "qwen3", "gemma3_text"] {
+            assert!(error.contains(name), "{error}");
+        }
+        let error = parse("gemma3", json!({})).unwrap_err().to_string();
+        assert!(error.contains("vision"), "{error}");
     }
 }

@@ -1,9 +1,6 @@
-//! Weights that are frozen or trained, and linear layers that may carry an adapter.
+//! Tensors that are frozen or trained, and how a forward pass is meant.
 
 use candle_core::{Result, Tensor, Var};
-
-use super::ops::{Dropout, frozen_linear, linear, lora_linear};
-use crate::random::mix;
 
 /// How a forward pass is meant.
 #[derive(Debug, Clone, Copy, Default)]
@@ -51,6 +48,24 @@ impl Parameter {
         })
     }
 
+    /// Makes it a trained one.
+    pub(super) fn train(&mut self) -> Result<()> {
+        if self.var.is_none() {
+            *self = Self::trained(std::mem::take(&mut self.name), &self.tensor)?;
+        }
+        Ok(())
+    }
+
+    /// Gives it other values of the same shape; it stays trained or frozen.
+    pub(super) fn replace(&mut self, tensor: &Tensor) -> Result<()> {
+        let name = std::mem::take(&mut self.name);
+        *self = match self.var {
+            Some(_) => Self::trained(name, tensor)?,
+            None => Self::frozen(name, tensor),
+        };
+        Ok(())
+    }
+
     /// The variable, where it is trained.
     pub fn var(&self) -> Option<&Var> {
         self.var.as_ref()
@@ -61,58 +76,6 @@ impl Parameter {
         match &self.var {
             Some(var) if mode.gradient => var.as_tensor(),
             _ => &self.tensor,
-        }
-    }
-}
-
-/// A low-rank adapter: the layer adds `scale · lora_b · lora_a · x`.
-#[derive(Debug)]
-pub struct Lora {
-    /// `[r, in]`.
-    pub a: Parameter,
-    /// `[out, r]`.
-    pub b: Parameter,
-    /// `alpha / r`, or `alpha / √r`.
-    pub scale: f64,
-    /// The chance with which an input of A is dropped while training.
-    pub dropout: f64,
-}
-
-/// A linear layer without bias, frozen, trained, or frozen under an adapter.
-#[derive(Debug)]
-pub struct Linear {
-    /// `[out, in]`.
-    pub weight: Parameter,
-    /// The adapter.
-    pub lora: Option<Lora>,
-}
-
-impl Linear {
-    /// The module's name: the weight's without `.weight`.
-    pub fn module(&self) -> &str {
-        self.weight.name.trim_end_matches(".weight")
-    }
-
-    /// x `[rows, in]` → `[rows, out]`.
-    pub fn forward(&self, x: &Tensor, mode: Mode) -> Result<Tensor> {
-        match &self.lora {
-            Some(lora) => {
-                let dropout = mode.dropout_seed.filter(|_| lora.dropout > 0.0).map(|seed| {
-                    let name = self
-                        .weight
-                        .name
-                        .bytes()
-                        .fold(seed, |hash, byte| mix(hash ^ u64::from(byte)));
-                    Dropout {
-                        chance: lora.dropout,
-                        seed: name,
-                    }
-                });
-                let (a, b) = (lora.a.get(mode), lora.b.get(mode));
-                lora_linear(x, self.weight.get(Mode::INFERENCE), a, b, lora.scale, dropout)
-            }
-            None if mode.gradient && self.weight.var().is_some() => linear(x, self.weight.get(mode)),
-            None => frozen_linear(x, self.weight.get(Mode::INFERENCE)),
         }
     }
 }

@@ -9,9 +9,10 @@ use std::sync::Mutex;
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
+use super::composed;
+use super::frozen::Frozen;
 use super::gemm::{Mat, Threads, gemm};
-use super::linear;
-use super::real::{Real, dtype, elements, for_real, tensor, with_elements};
+use super::real::{Real, dtype, elements, for_real, tensor};
 
 const OP: &str = "cross_entropy";
 
@@ -31,27 +32,43 @@ struct Kept {
 
 struct CrossEntropy {
     targets: Targets,
-    /// The output layer's weight, where it is frozen.
-    frozen: Option<Tensor>,
+    /// The output layer's weight.
+    weight: Frozen,
+    /// Whether it is trained.
+    with_dw: bool,
     with_gradient: bool,
     kept: Mutex<Option<Kept>>,
 }
 
 /// The **sum** over the targets of −log softmax(hidden·Wᵀ)\[token\], a scalar. hidden `[rows, d]`,
-/// weight `[vocabulary, d]`, which gets a gradient when it is a variable.
+/// weight `[vocabulary, d]`, which gets a gradient too.
 pub fn cross_entropy(hidden: &Tensor, weight: &Tensor, targets: Targets) -> Result<Tensor> {
-    let trained = weight.track_op();
+    if !hidden.device().is_cpu() {
+        return composed::cross_entropy(hidden, weight, &targets);
+    }
     let op = CrossEntropy {
         targets,
-        frozen: (!trained).then(|| weight.clone()),
-        with_gradient: trained || hidden.track_op(),
+        weight: Frozen::Dense(weight.detach()),
+        with_dw: true,
+        with_gradient: true,
         kept: Mutex::new(None),
     };
-    if trained {
-        hidden.apply_op2(weight, op)
-    } else {
-        hidden.apply_op1(op)
+    hidden.apply_op2(weight, op)
+}
+
+/// The same with a weight that gets no gradient.
+pub fn frozen_cross_entropy(hidden: &Tensor, weight: &Frozen, targets: Targets) -> Result<Tensor> {
+    if !hidden.device().is_cpu() {
+        return composed::frozen_cross_entropy(hidden, weight, &targets);
     }
+    let op = CrossEntropy {
+        targets,
+        weight: weight.clone(),
+        with_dw: false,
+        with_gradient: hidden.track_op(),
+        kept: Mutex::new(None),
+    };
+    hidden.apply_op1(op)
 }
 
 struct Sums<T> {
@@ -60,65 +77,8 @@ struct Sums<T> {
     d_weight: Option<Vec<T>>,
 }
 
-/// The loss, and the gradients by hidden and (`with_dw`) by the weight.
-fn compute<T: Real>(
-    hidden: &[T],
-    weight: &[T],
-    (rows, d, vocabulary): (usize, usize, usize),
-    targets: &Targets,
-    with_gradient: bool,
-    with_dw: bool,
-) -> Sums<T> {
-    let mut sums = Sums {
-        loss: 0.0,
-        d_hidden: with_gradient.then(|| vec![T::zero(); rows * d]),
-        d_weight: with_dw.then(|| vec![T::zero(); vocabulary * d]),
-    };
-    for chunk in targets.rows.chunks(targets.chunk.max(1)) {
-        let mut x = Vec::with_capacity(chunk.len() * d);
-        for (row, _) in chunk {
-            x.extend_from_slice(&hidden[row * d..][..d]);
-        }
-        let mut logits = linear::forward(&x, weight, (chunk.len(), d, vocabulary));
-        let losses: Vec<f64> = logits
-            .par_chunks_mut(vocabulary)
-            .zip(chunk)
-            .map(|(logits, (_, token))| loss_and_gradient(logits, *token as usize))
-            .collect();
-        sums.loss += losses.iter().sum::<f64>();
-        let d_logits = Mat::new(&logits, chunk.len(), vocabulary);
-        if let Some(d_hidden) = &mut sums.d_hidden {
-            let mut dx = vec![T::zero(); chunk.len() * d];
-            gemm(
-                &mut dx,
-                d,
-                0.0,
-                1.0,
-                d_logits,
-                Mat::new(weight, vocabulary, d),
-                Threads::All,
-            );
-            for ((row, _), dx) in chunk.iter().zip(dx.chunks_exact(d)) {
-                d_hidden[row * d..][..d].copy_from_slice(dx);
-            }
-        }
-        if let Some(d_weight) = &mut sums.d_weight {
-            gemm(
-                d_weight,
-                d,
-                1.0,
-                1.0,
-                d_logits.t(),
-                Mat::new(&x, chunk.len(), d),
-                Threads::All,
-            );
-        }
-    }
-    sums
-}
-
 /// One row: its loss, and in place of the logits their gradient, softmax − one-hot.
-fn loss_and_gradient<T: Real>(logits: &mut [T], token: usize) -> f64 {
+pub(super) fn loss_and_gradient<T: Real>(logits: &mut [T], token: usize) -> f64 {
     let max = logits
         .iter()
         .fold(T::of(f64::NEG_INFINITY), |max, x| if *x > max { *x } else { max });
@@ -142,25 +102,67 @@ fn loss_and_gradient<T: Real>(logits: &mut [T], token: usize) -> f64 {
 }
 
 impl CrossEntropy {
-    fn run<T: Real>(
+    /// The loss, and the gradients by hidden and, where it is trained, by the weight.
+    fn compute<T: Real>(
         &self,
         hidden: &[T],
-        hidden_dims: &[usize],
-        weight: &[T],
-        weight_dims: &[usize],
-    ) -> Result<(CpuStorage, Shape)> {
-        let sizes = linear::sizes(hidden_dims, weight_dims)?;
+        (rows, d, vocabulary): (usize, usize, usize),
+    ) -> Result<Sums<T>> {
+        let mut sums = Sums {
+            loss: 0.0,
+            d_hidden: self.with_gradient.then(|| vec![T::zero(); rows * d]),
+            d_weight: self.with_dw.then(|| vec![T::zero(); vocabulary * d]),
+        };
+        for chunk in self.targets.rows.chunks(self.targets.chunk.max(1)) {
+            let sizes = (chunk.len(), d, vocabulary);
+            let mut x = Vec::with_capacity(chunk.len() * d);
+            for (row, _) in chunk {
+                x.extend_from_slice(&hidden[row * d..][..d]);
+            }
+            let mut logits = self.weight.forward(OP, &x, sizes)?;
+            let losses: Vec<f64> = logits
+                .par_chunks_mut(vocabulary)
+                .zip(chunk)
+                .map(|(logits, (_, token))| loss_and_gradient(logits, *token as usize))
+                .collect();
+            sums.loss += losses.iter().sum::<f64>();
+            if let Some(d_hidden) = &mut sums.d_hidden {
+                let dx = self.weight.backward_x(OP, &logits, sizes)?;
+                for ((row, _), dx) in chunk.iter().zip(dx.chunks_exact(d)) {
+                    d_hidden[row * d..][..d].copy_from_slice(dx);
+                }
+            }
+            if let Some(d_weight) = &mut sums.d_weight {
+                let d_logits = Mat::new(&logits, chunk.len(), vocabulary);
+                gemm(
+                    d_weight,
+                    d,
+                    1.0,
+                    1.0,
+                    d_logits.t(),
+                    Mat::new(&x, chunk.len(), d),
+                    Threads::All,
+                );
+            }
+        }
+        Ok(sums)
+    }
+
+    fn run<T: Real>(&self, hidden: &[T], hidden_dims: &[usize]) -> Result<(CpuStorage, Shape)> {
+        let sizes = self.weight.sizes(hidden_dims)?;
         for (row, token) in &self.targets.rows {
             if *row >= sizes.0 || *token as usize >= sizes.2 {
                 candle_core::bail!("{OP}: row {row} of {}, token {token} of {}", sizes.0, sizes.2);
             }
         }
-        let with_dw = self.frozen.is_none();
-        let sums = compute(hidden, weight, sizes, &self.targets, self.with_gradient, with_dw);
+        let sums = self.compute(hidden, sizes)?;
         if let Some(d_hidden) = sums.d_hidden {
             let kept = Kept {
                 d_hidden: tensor(d_hidden, hidden_dims)?,
-                d_weight: sums.d_weight.map(|dw| tensor(dw, weight_dims)).transpose()?,
+                d_weight: sums
+                    .d_weight
+                    .map(|dw| tensor(dw, &[sizes.2, sizes.1]))
+                    .transpose()?,
             };
             *self.kept.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = Some(kept);
         }
@@ -191,13 +193,7 @@ impl CustomOp1 for CrossEntropy {
     }
 
     fn cpu_fwd(&self, hidden: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let Some(weight) = &self.frozen else {
-            candle_core::bail!("{OP}: no frozen weight")
-        };
-        for_real!(dtype(hidden), OP, T => {
-            let hidden = elements::<T>(hidden, layout, OP)?;
-            with_elements::<T, _>(weight, OP, |w| self.run(hidden, layout.dims(), w, weight.dims()))
-        })
+        for_real!(dtype(hidden), OP, T => self.run::<T>(elements(hidden, layout, OP)?, layout.dims()))
     }
 
     fn bwd(&self, _hidden: &Tensor, _res: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
@@ -213,15 +209,11 @@ impl CustomOp2 for CrossEntropy {
     fn cpu_fwd(
         &self,
         hidden: &CpuStorage,
-        hidden_layout: &Layout,
-        weight: &CpuStorage,
-        weight_layout: &Layout,
+        layout: &Layout,
+        _weight: &CpuStorage,
+        _weight_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        for_real!(dtype(hidden), OP, T => {
-            let hidden = elements::<T>(hidden, hidden_layout, OP)?;
-            let weight = elements::<T>(weight, weight_layout, OP)?;
-            self.run(hidden, hidden_layout.dims(), weight, weight_layout.dims())
-        })
+        for_real!(dtype(hidden), OP, T => self.run::<T>(elements(hidden, layout, OP)?, layout.dims()))
     }
 
     fn bwd(
@@ -256,9 +248,9 @@ mod tests {
             check(&[&hidden, &weight], |args| {
                 cross_entropy(&args[0], &args[1], targets(chunk)).and_then(scaled)
             });
-            let frozen = weight.as_detached_tensor();
+            let frozen = Frozen::Dense(weight.as_detached_tensor());
             check(&[&hidden], |args| {
-                cross_entropy(&args[0], &frozen, targets(chunk))
+                frozen_cross_entropy(&args[0], &frozen, targets(chunk))
             });
         }
     }
@@ -268,7 +260,7 @@ mod tests {
         let (hidden, weight) = (random(&[2, 4], 16), random(&[7, 4], 17));
         let loss = cross_entropy(
             &hidden,
-            &weight,
+            weight.as_tensor(),
             Targets {
                 rows: vec![],
                 chunk: 8,

@@ -5,6 +5,8 @@ use std::sync::Arc;
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, WithDType};
 use rayon::prelude::*;
 
+use super::composed;
+use super::frozen::Frozen;
 use super::real::{Real, dtype, elements, for_real, tensor, with_elements};
 
 const OP: &str = "embedding";
@@ -15,7 +17,26 @@ struct Embedding {
 
 /// A table `[vocabulary, d]` and token ids → `[ids, d]`. Only a table that is a variable gets a gradient.
 pub fn embedding(table: &Tensor, ids: &Arc<[u32]>) -> Result<Tensor> {
+    if !table.device().is_cpu() {
+        return composed::embedding(table, ids);
+    }
     table.apply_op1(Embedding { ids: ids.clone() })
+}
+
+/// The same of a table that gets no gradient.
+pub fn frozen_embedding(table: &Frozen, ids: &Arc<[u32]>) -> Result<Tensor> {
+    match table {
+        Frozen::Dense(table) => embedding(&table.detach(), ids),
+        Frozen::Quantized(table) => {
+            let op = Embedding { ids: ids.clone() };
+            let (_, d) = op.sizes(&table.dims())?;
+            let mut out = vec![0.0; ids.len() * d];
+            out.par_chunks_mut(d).zip(ids.par_iter()).for_each(|(out, id)| {
+                table.dequantize(*id as usize..*id as usize + 1, out);
+            });
+            tensor(out, &[ids.len(), d])
+        }
+    }
 }
 
 impl Embedding {

@@ -3,26 +3,34 @@
 
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor, WithDType};
 
+use super::composed;
+use super::frozen::Frozen;
 use super::gemm::{Mat, Threads, gemm};
 use super::real::{Real, dtype, elements, for_real, tensor, with_elements};
 
 const OP: &str = "linear";
 
 struct FrozenLinear {
-    weight: Tensor,
+    weight: Frozen,
 }
 
 struct Linear;
 
 /// x `[rows, in]`, a weight `[out, in]` that stays as it is → `[rows, out]`.
-pub fn frozen_linear(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+pub fn frozen_linear(x: &Tensor, weight: &Frozen) -> Result<Tensor> {
+    if !x.device().is_cpu() {
+        return composed::frozen_linear(x, weight);
+    }
     x.apply_op1(FrozenLinear {
-        weight: weight.detach(),
+        weight: weight.clone(),
     })
 }
 
 /// x `[rows, in]`, a weight `[out, in]` that is trained → `[rows, out]`.
 pub fn linear(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    if !x.device().is_cpu() {
+        return composed::linear(x, weight);
+    }
     x.apply_op2(weight, Linear)
 }
 
@@ -89,21 +97,18 @@ impl CustomOp1 for FrozenLinear {
     }
 
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let sizes = sizes(layout.dims(), self.weight.dims())?;
+        let sizes = self.weight.sizes(layout.dims())?;
         for_real!(dtype(x), OP, T => {
-            let x = elements::<T>(x, layout, OP)?;
-            let y = with_elements::<T, _>(&self.weight, OP, |w| Ok(forward(x, w, sizes)))?;
+            let y = self.weight.forward::<T>(OP, elements(x, layout, OP)?, sizes)?;
             Ok((T::to_cpu_storage_owned(y), Shape::from((sizes.0, sizes.2))))
         })
     }
 
     fn bwd(&self, x: &Tensor, _res: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
-        let sizes = sizes(x.dims(), self.weight.dims())?;
+        let sizes = self.weight.sizes(x.dims())?;
         let dy = dy.contiguous()?;
         for_real!(x.dtype(), OP, T => {
-            let dx = with_elements::<T, _>(&dy, OP, |dy| {
-                with_elements::<T, _>(&self.weight, OP, |w| Ok(backward_x(dy, w, sizes)))
-            })?;
+            let dx = with_elements::<T, _>(&dy, OP, |dy| self.weight.backward_x(OP, dy, sizes))?;
             Ok(Some(tensor(dx, x.dims())?))
         })
     }
@@ -156,13 +161,14 @@ mod tests {
     fn gradients_are_the_differences() {
         let (x, weight) = (random(&[5, 4], 9), random(&[3, 4], 10));
         check(&[&x, &weight], |args| linear(&args[0], &args[1]));
-        check(&[&x], |args| frozen_linear(&args[0], &weight));
+        let frozen = Frozen::Dense(weight.as_tensor().clone());
+        check(&[&x], |args| frozen_linear(&args[0], &frozen));
     }
 
     #[test]
     fn a_frozen_weight_gets_no_gradient() {
         let (x, weight) = (random(&[5, 4], 9), random(&[3, 4], 10));
-        let y = frozen_linear(&x, &weight).unwrap();
+        let y = frozen_linear(&x, &Frozen::Dense(weight.as_tensor().clone())).unwrap();
         assert!(y.sum_all().unwrap().backward().unwrap().get(&weight).is_none());
     }
 }

@@ -6,6 +6,8 @@ use std::sync::OnceLock;
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, WithDType as _};
 use rayon::prelude::*;
 
+use super::composed;
+use super::frozen::Frozen;
 use super::gemm::{Mat, Threads, gemm};
 use super::linear;
 use super::real::{Real, dtype, elements, for_real, tensor, with_elements};
@@ -24,13 +26,22 @@ pub struct Dropout {
 
 impl Dropout {
     /// 0 for a dropped element, 1 / (1 − chance) for one that stays.
-    fn factor<T: Real>(self, index: usize) -> T {
+    pub(super) fn factor<T: Real>(self, index: usize) -> T {
         let uniform = (mix(self.seed ^ mix(index as u64)) >> 11) as f64 / (1u64 << 53) as f64;
         if uniform < self.chance {
             T::zero()
         } else {
             T::of(1.0 / (1.0 - self.chance))
         }
+    }
+
+    /// The factors of all elements of x, as a tensor without a gradient.
+    pub(crate) fn mask(self, x: &Tensor) -> Result<Tensor> {
+        let factors: Vec<f32> = (0..x.elem_count())
+            .into_par_iter()
+            .map(|i| self.factor(i))
+            .collect();
+        Tensor::from_vec(factors, x.dims(), x.device())?.to_dtype(x.dtype())
     }
 
     fn apply<T: Real>(self, x: &[T]) -> Vec<T> {
@@ -45,7 +56,7 @@ impl Dropout {
 type Gradients = (Option<Tensor>, Option<Tensor>, Option<Tensor>);
 
 struct LoraLinear {
-    weight: Tensor,
+    weight: Frozen,
     scale: f64,
     dropout: Option<Dropout>,
     /// drop(x)·Aᵀ `[rows, r]`, kept for the backward pass.
@@ -55,14 +66,17 @@ struct LoraLinear {
 /// x `[rows, in]`, frozen weight `[out, in]`, `lora_a` `[r, in]`, `lora_b` `[out, r]` → `[rows, out]`.
 pub fn lora_linear(
     x: &Tensor,
-    weight: &Tensor,
+    weight: &Frozen,
     lora_a: &Tensor,
     lora_b: &Tensor,
     scale: f64,
     dropout: Option<Dropout>,
 ) -> Result<Tensor> {
+    if !x.device().is_cpu() {
+        return composed::lora_linear(x, weight, lora_a, lora_b, scale, dropout);
+    }
     let op = LoraLinear {
-        weight: weight.detach(),
+        weight: weight.clone(),
         scale,
         dropout,
         down: OnceLock::new(),
@@ -79,7 +93,7 @@ impl LoraLinear {
     }
 
     fn backward<T: Real>(&self, x: &Tensor, a: &Tensor, b: &Tensor, dy: &Tensor) -> Result<Gradients> {
-        let (rows, input, out) = linear::sizes(x.dims(), self.weight.dims())?;
+        let (rows, input, out) = self.weight.sizes(x.dims())?;
         let r = a.dims()[0];
         let Some(down) = self.down.get() else {
             candle_core::bail!("{OP}: backward before forward")
@@ -128,9 +142,7 @@ impl LoraLinear {
                 Ok(())
             })?;
             let dx = if x.track_op() {
-                let mut dx = with_elements::<T, _>(&self.weight, OP, |w| {
-                    Ok(linear::backward_x(dy, w, (rows, input, out)))
-                })?;
+                let mut dx = self.weight.backward_x(OP, dy, (rows, input, out))?;
                 with_elements::<T, _>(a, OP, |a| {
                     let a = Mat::new(a, r, input);
                     match self.dropout {
@@ -171,15 +183,15 @@ impl CustomOp3 for LoraLinear {
         b: &CpuStorage,
         b_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let (rows, input, out) = linear::sizes(x_layout.dims(), self.weight.dims())?;
+        let (rows, input, out) = self.weight.sizes(x_layout.dims())?;
         let r = match (a_layout.dims(), b_layout.dims()) {
             (&[r, a_in], &[b_out, b_r]) if a_in == input && b_out == out && b_r == r => r,
-            (a, b) => candle_core::bail!("{OP}: lora_A {a:?} and lora_B {b:?} for {:?}", self.weight.dims()),
+            (a, b) => candle_core::bail!("{OP}: lora_A {a:?} and lora_B {b:?} for [{out}, {input}]"),
         };
         for_real!(dtype(x), OP, T => {
             let x = elements::<T>(x, x_layout, OP)?;
             let (a, b) = (elements::<T>(a, a_layout, OP)?, elements::<T>(b, b_layout, OP)?);
-            let mut y = with_elements::<T, _>(&self.weight, OP, |w| Ok(linear::forward(x, w, (rows, input, out))))?;
+            let mut y = self.weight.forward(OP, x, (rows, input, out))?;
             let down = linear::forward(&self.dropped(x), a, (rows, input, r));
             gemm(&mut y, out, 1.0, self.scale, Mat::new(&down, rows, r), Mat::new(b, out, r).t(), Threads::All);
             let _ = self.down.set(tensor(down, &[rows, r])?);
@@ -201,6 +213,7 @@ mod tests {
     fn gradients_are_the_differences() {
         let (x, weight) = (random(&[5, 6], 11), random(&[7, 6], 12));
         let (a, b) = (random(&[2, 6], 13), random(&[7, 2], 14));
+        let weight = Frozen::Dense(weight.as_tensor().clone());
         for dropout in [None, Some(Dropout { chance: 0.4, seed: 3 })] {
             check(&[&x, &a, &b], |args| {
                 lora_linear(&args[0], &weight, &args[1], &args[2], 1.7, dropout)

@@ -1,5 +1,7 @@
 //! Numbers that the CPU kernels work on: f32 for training, f64 for the gradient checks.
 
+use std::borrow::Cow;
+
 use candle_core::{CpuStorage, DType, Device, Layout, Result, Storage, Tensor, WithDType};
 
 /// f32 or f64, with the few functions that the kernels need.
@@ -8,6 +10,8 @@ pub(crate) trait Real: WithDType {
     fn exp(self) -> Self;
     /// √x.
     fn sqrt(self) -> Self;
+    /// f32 numbers as this type, without a copy where they are.
+    fn from_f32(values: &[f32]) -> Cow<'_, [Self]>;
     /// The number nearest to a constant.
     fn of(value: f64) -> Self {
         Self::from_f64(value)
@@ -46,6 +50,9 @@ impl Real for f32 {
     fn sqrt(self) -> Self {
         self.sqrt()
     }
+    fn from_f32(values: &[f32]) -> Cow<'_, [Self]> {
+        values.into()
+    }
 }
 
 impl Real for f64 {
@@ -54,6 +61,9 @@ impl Real for f64 {
     }
     fn sqrt(self) -> Self {
         self.sqrt()
+    }
+    fn from_f32(values: &[f32]) -> Cow<'_, [Self]> {
+        values.iter().copied().map(Self::from).collect()
     }
 }
 

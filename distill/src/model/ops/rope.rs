@@ -1,11 +1,12 @@
 //! Rotary position embedding in Hugging Face's layout (the two halves of a head are the pairs),
 //! <https://arxiv.org/abs/2104.09864>. Its gradient is the inverse rotation.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
-use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, WithDType};
+use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Result, Shape, Tensor, WithDType};
 use rayon::prelude::*;
 
+use super::composed;
 use super::real::{Real, dtype, elements, for_real, tensor, with_elements};
 
 const OP: &str = "rope";
@@ -41,9 +42,30 @@ pub struct Rotation {
     head_dim: usize,
     /// `[rows, head_dim]`: a row's cosines, then its sines.
     cos_sin: Arc<[f32]>,
+    /// The same on another device, made when it is first asked for.
+    elsewhere: Arc<OnceLock<[Tensor; 2]>>,
 }
 
 impl Rotation {
+    /// The width of one head.
+    pub(super) fn head_dim(&self) -> usize {
+        self.head_dim
+    }
+
+    /// Cosines and sines, `[rows, 1, head_dim / 2]` each, on a device.
+    pub(super) fn on(&self, device: &Device, dtype: DType) -> Result<[Tensor; 2]> {
+        if let Some(made) = self.elsewhere.get() {
+            return Ok(made.clone());
+        }
+        let (rows, half) = (self.cos_sin.len() / self.head_dim, self.head_dim / 2);
+        let both = Tensor::from_slice(&self.cos_sin, (rows, 2, half), device)?.to_dtype(dtype)?;
+        let made = [
+            both.narrow(1, 0, 1)?.contiguous()?,
+            both.narrow(1, 1, 1)?.contiguous()?,
+        ];
+        Ok(self.elsewhere.get_or_init(|| made).clone())
+    }
+
     /// For rows that stand at these positions.
     pub fn new(table: &RopeTable, positions: &[u32]) -> Self {
         let half = table.head_dim / 2;
@@ -56,6 +78,7 @@ impl Rotation {
         Self {
             head_dim: table.head_dim,
             cos_sin: cos_sin.into(),
+            elsewhere: Arc::default(),
         }
     }
 }
@@ -64,6 +87,9 @@ struct Rope(Rotation);
 
 /// x `[rows, heads · head_dim]` → the same, every head of row i turned by the angles of row i's position.
 pub fn rope(x: &Tensor, rotation: &Rotation) -> Result<Tensor> {
+    if !x.device().is_cpu() {
+        return composed::rope(x, rotation);
+    }
     x.apply_op1(Rope(rotation.clone()))
 }
 
