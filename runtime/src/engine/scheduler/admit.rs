@@ -198,12 +198,18 @@ impl Scheduler {
                 slot.leader = Some((leader, count));
                 return;
             }
-            // A model that can share only whole sequences takes one or the other.
+            // Less than memory has is worth its cells only beside others, and never to a model that can share only whole
+            // sequences.
             Some(Source {
                 job: None,
                 sequence,
                 count,
-            }) if count >= found.count || !self.llama.is_exact() => self.take_over(slot, sequence, count),
+            }) if count >= found.count || !self.slots.is_empty() && !self.llama.is_exact() => {
+                self.take_over(slot, sequence, count);
+            }
+            // Alone, cells in the order of their tokens: attention adds up in half precision, so that another order is
+            // another answer now and then.
+            _ if self.slots.is_empty() => self.put_away(None),
             _ => {}
         }
         self.bring_back(slot, &found);
