@@ -102,7 +102,7 @@ fn run(llama: &mut Llama, tokens: &[LlamaToken], batch: usize) -> Result<f64, St
         }
         llama.decode().map_err(|error| error.to_string())?;
         // llama.cpp may compute later than it returns: logits are there when it has.
-        black_box(llama.context().get_logits_ith(tokens_of_chunk.len() as i32 - 1)[0]);
+        black_box(llama.logits(tokens_of_chunk.len() - 1));
     }
     Ok(started.elapsed().as_secs_f64())
 }

@@ -203,7 +203,7 @@ fn engine_settings(
         prefill_chunk: config.model.prefill_chunk,
         prefill_ms: config.model.prefill_ms,
         adapters: adapters.collect::<std::io::Result<_>>()?,
-        prefix_entries: config.prefix.entries,
+        prefix_bytes: config.prefix.ram_bytes,
         prefix_disk: (config.prefix.disk_bytes > 0).then_some(disk),
     })
 }

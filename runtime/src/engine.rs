@@ -17,6 +17,8 @@ use serde_json::Value;
 use crate::wire::{ErrorCode, Message};
 
 pub mod constraint;
+pub mod context;
+pub mod interrupt;
 pub mod llama;
 pub mod output;
 pub mod pace;
@@ -51,8 +53,8 @@ pub struct Settings {
     pub prefill_ms: u32,
     /// LoRA adapters by name.
     pub adapters: BTreeMap<String, PathBuf>,
-    /// Beginnings of prompts that are kept in the context.
-    pub prefix_entries: u32,
+    /// Bytes of memory for beginnings of prompts that nobody computes with at the moment.
+    pub prefix_bytes: u64,
     /// Where they live through a restart.
     pub prefix_disk: Option<prefix::disk::Place>,
 }
@@ -70,7 +72,7 @@ impl Settings {
             prefill_chunk: llama::N_BATCH,
             prefill_ms: u32::MAX,
             adapters: BTreeMap::new(),
-            prefix_entries: 0,
+            prefix_bytes: 0,
             prefix_disk: None,
         }
     }

@@ -10,6 +10,7 @@ use std::fmt::Write as _;
 use serde::Serialize;
 
 use crate::config::Config;
+use crate::engine::llama;
 use crate::model::{GgmlType, Header};
 use crate::{cores, kernels};
 
@@ -26,8 +27,6 @@ pub use weights::Repack;
 
 /// The daemon beside the worker.
 const DAEMON: u64 = 15 << 20;
-/// Sequences of the context besides those of slots and of kept beginnings.
-const SPARE_SEQUENCES: u32 = 1;
 
 /// What the memory depends on, besides the model.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -46,6 +45,8 @@ pub struct Settings {
     pub cache_type_k: GgmlType,
     /// Type of its values.
     pub cache_type_v: GgmlType,
+    /// Bytes of kept beginnings of prompts.
+    pub prefixes: u64,
     /// Bytes of the journal, which are in memory, too.
     pub journal: u64,
     /// Which weights ggml copies.
@@ -68,10 +69,7 @@ impl Settings {
         Ok(Self {
             n_ctx: model.n_ctx,
             slots: model.slots,
-            sequences: model
-                .slots
-                .saturating_add(config.prefix.entries)
-                .saturating_add(SPARE_SEQUENCES),
+            sequences: llama::sequences(model.slots),
             n_ubatch: 512,
             threads: if model.threads == 0 {
                 cores::physical()
@@ -80,6 +78,7 @@ impl Settings {
             },
             cache_type_k: cache("model.cache_type_k", &model.cache_type_k)?,
             cache_type_v: cache("model.cache_type_v", &model.cache_type_v)?,
+            prefixes: config.prefix.ram_bytes,
             journal: config.journal.bytes as u64,
             repack: Repack::of(kernels::built_in),
         })
@@ -170,6 +169,11 @@ impl Plan {
             });
         }
         worker.extend(context::rows(header, settings));
+        worker.push(Row {
+            what: "kept beginnings",
+            bytes: settings.prefixes,
+            how: "[prefix] ram_bytes".to_owned(),
+        });
         worker.retain(|row| row.bytes > 0);
         let mut unknown: Vec<String> = header.layers.unknown.iter().cloned().collect();
         if header.parts > 1 {

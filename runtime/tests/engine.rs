@@ -50,7 +50,7 @@ impl Worker {
         let mut load = json!({
             "op": "load", "model": model, "n_ctx": 2048, "slots": 4, "threads": 1,
             "cache_type_k": "f16", "cache_type_v": "f16", "prefill_chunk": 512, "prefill_ms": 250,
-            "adapters": {}, "prefix_entries": 8, "prefix_disk": null,
+            "adapters": {}, "prefix_bytes": 64 << 20, "prefix_disk": null,
         });
         for (key, value) in settings.as_object().unwrap() {
             load[key] = value.clone();
@@ -275,6 +275,48 @@ fn a_common_beginning_outlives_the_worker_unless_it_is_damaged_or_foreign() {
 }
 
 #[test]
+fn a_beginning_that_left_the_context_comes_back_from_memory() {
+    let cached = |end: &Value| end["cached_tokens"].as_u64().unwrap();
+    let (long, other) = (long_system(30), format!("Other rules. {}", long_system(40)));
+    let more = json!({ "system": long, "max_tokens": 6 });
+    let questions = ["Which lamp is in the hall?", "Name a room."];
+    for (bytes, kept) in [(64 << 20, true), (0, false)] {
+        let mut worker = Worker::start(&smollm2(), &json!({ "n_ctx": 1024, "prefix_bytes": bytes }));
+        let first = worker.answer(questions[0], &more);
+        let prompt = first["prompt_tokens"].as_u64().unwrap();
+        // Both are more than the context has.
+        let end = worker.answer("Say yes.", &json!({ "system": other, "max_tokens": 4 }));
+        assert!(cached(&end) < 32, "{end}");
+        let end = worker.answer(questions[0], &more);
+        assert_eq!(cached(&end) == prompt - 1, kept, "{end}");
+        assert_eq!(end["text"], first["text"], "what is copied is what was computed");
+        // One that parts from it later has the system messages, also when it comes with others.
+        worker.answer("Say yes.", &json!({ "system": other, "max_tokens": 4 }));
+        let jobs: Vec<u64> = questions
+            .iter()
+            .map(|question| worker.run(question, &more))
+            .collect();
+        let ends = worker.ends(&jobs);
+        assert_eq!(ends[0]["text"], first["text"]);
+        assert!(cached(&ends[1]) > prompt - 30, "{ends:?}");
+    }
+}
+
+#[test]
+fn more_than_memory_is_for_keeps_its_beginning() {
+    // A token of SmolLM2 takes 23 KB: about 600 of them fit.
+    let mut worker = Worker::start(&smollm2(), &json!({ "prefix_bytes": 14_000_000 }));
+    let more = json!({ "max_tokens": 4 });
+    let long = long_system(100);
+    let first = worker.answer(&long, &more);
+    worker.answer("Say yes.", &more);
+    let end = worker.answer(&long, &more);
+    let cached = end["cached_tokens"].as_u64().unwrap();
+    assert!((400..700).contains(&cached), "{end}");
+    assert_eq!(end["text"], first["text"]);
+}
+
+#[test]
 fn a_full_context_makes_the_young_wait_and_loses_nothing() {
     // Four answers of 100 tokens and their prompts are more than 256.
     let mut worker = Worker::start(&smollm2(), &json!({ "n_ctx": 256 }));
@@ -315,6 +357,28 @@ fn a_cancel_is_heard_during_prefill() {
         "{end}"
     );
     assert_eq!(worker.answer("Say yes.", &json!({}))["event"], "done");
+}
+
+#[test]
+fn a_cancel_ends_a_step_and_the_others_compute_it_again() {
+    // Steps of 512 tokens take a second or so: the cancel comes within one.
+    let mut worker = Worker::start(&smollm2(), &json!({ "prefill_ms": 60_000 }));
+    let more = json!({ "max_tokens": 8 });
+    let question = format!("{} Which lamp is in the hall?", long_system(40));
+    let alone = worker.answer(&question, &more);
+    worker.answer("Say yes.", &more);
+    let mut fresh = Worker::start(&smollm2(), &json!({ "prefill_ms": 60_000 }));
+    let doomed = fresh.run(&format!("No. {}", long_system(90)), &more);
+    let other = fresh.run(&question, &more);
+    std::thread::sleep(std::time::Duration::from_millis(150));
+    fresh.send(&json!({ "op": "cancel", "job": doomed }));
+    let ends = fresh.ends(&[doomed, other]);
+    assert_eq!(ends[0]["code"], "cancelled", "{ends:?}");
+    assert_eq!(ends[1]["text"], alone["text"]);
+    // Nothing is left of it that should not be.
+    let end = fresh.answer(&question, &more);
+    assert_eq!(end["text"], alone["text"]);
+    assert!(end["cached_tokens"].as_u64().unwrap() > 400, "{end}");
 }
 
 #[test]

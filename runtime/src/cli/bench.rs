@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use anyhow::bail;
 use pipit::bench::{self, Task};
 use pipit::engine::Settings;
+use pipit::engine::interrupt::Interrupt;
 use pipit::engine::llama::Llama;
 use pipit::model::GgmlType;
 use pipit::{kernels, model};
@@ -53,7 +54,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let header = model::inspect(&args.model)?;
     let n_ctx = args.prompt.max(args.generate).max(16) as u32;
     let settings = Settings::alone(args.model.clone(), n_ctx, args.threads, &args.cache_type);
-    let mut llama = Llama::load(&settings)?;
+    let mut llama = Llama::load(&settings, &Interrupt::default())?;
     let task = Task {
         prompt: args.prompt,
         generate: args.generate,

@@ -50,8 +50,7 @@ impl Default for BrokerSection {
 pub struct ModelSection {
     /// The GGUF file.
     pub path: Option<PathBuf>,
-    /// Context in tokens, shared by all requests under way and by the beginnings that are kept for later ones. One
-    /// request gets at most what the model was trained for.
+    /// Context in tokens, shared by all requests under way. One request gets at most what the model was trained for.
     pub n_ctx: u32,
     /// Requests under way at a time.
     pub slots: u32,
@@ -63,8 +62,7 @@ pub struct ModelSection {
     pub cache_type_v: String,
     /// Most tokens of prefill in one step.
     pub prefill_chunk: u32,
-    /// Milliseconds that one step of prefill should take at most: between two steps a cancel is heard, and other
-    /// requests get their next token.
+    /// Milliseconds that one step of prefill should take at most: between two steps other requests get their next token.
     pub prefill_ms: u32,
     /// Bytes of memory that the model may take; 0 is what is available when it is loaded.
     pub memory_bytes: u64,
@@ -96,8 +94,8 @@ impl Default for ModelSection {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct PrefixSection {
-    /// Beginnings kept in the context at a time.
-    pub entries: u32,
+    /// Bytes of them in memory, beside the context; 0 is none.
+    pub ram_bytes: u64,
     /// Shortest one that is written to the disk, in tokens.
     pub disk_tokens: u32,
     /// Bytes of them on the disk, where they live through a restart; 0 is none.
@@ -107,7 +105,7 @@ pub struct PrefixSection {
 impl Default for PrefixSection {
     fn default() -> Self {
         Self {
-            entries: 16,
+            ram_bytes: 32 * 1024 * 1024,
             disk_tokens: 128,
             disk_bytes: 128 * 1024 * 1024,
         }

@@ -4,19 +4,19 @@
 //! checked before llama.cpp is called, because it aborts the process on what it does not expect (a batch of more than
 //! `n_batch` tokens, for one).
 
-use std::num::NonZeroU32;
+use std::ops::Range;
 use std::path::Path;
 use std::time::Instant;
 
-use llama_cpp_2::DecodeError;
-use llama_cpp_2::context::LlamaContext;
-use llama_cpp_2::context::params::{KvCacheType, LlamaContextParams};
+use llama_cpp_2::context::params::KvCacheType;
 use llama_cpp_2::llama_backend::LlamaBackend;
-use llama_cpp_2::llama_batch::LlamaBatch;
 use llama_cpp_2::model::params::LlamaModelParams;
 use llama_cpp_2::model::{LlamaLoraAdapter, LlamaModel};
 use llama_cpp_2::token::LlamaToken;
+use llama_cpp_sys_2::ggml_type;
 
+use super::context::{Batch, Context, DecodeError, Params, State};
+use super::interrupt::Interrupt;
 use super::prompt::Prompt;
 use super::{ModelInfo, Settings};
 use crate::{cores, model};
@@ -53,15 +53,13 @@ pub enum LoadError {
     },
     /// No memory for the context, most often.
     #[error(
-        "model {path}: no context of {n_ctx} tokens: {reason}; hint: a smaller --ctx, or [model] n_ctx, takes less memory"
+        "model {path}: no context of {n_ctx} tokens; hint: a smaller --ctx, or [model] n_ctx, takes less memory; `pipit serve -v` shows llama.cpp's own messages"
     )]
     Context {
         /// The file.
         path: String,
         /// Tokens asked for.
         n_ctx: u32,
-        /// llama.cpp's reason.
-        reason: String,
     },
     /// The template is broken.
     #[error("model {path}: its chat template is not Jinja: {reason}")]
@@ -77,21 +75,22 @@ pub enum LoadError {
 #[derive(Debug)]
 pub struct Llama {
     model: &'static LlamaModel,
-    context: LlamaContext<'static>,
-    batch: LlamaBatch<'static>,
+    context: Context,
+    batch: Batch,
     prompt: Prompt,
     info: ModelInfo,
     adapters: Vec<(String, LlamaLoraAdapter)>,
     active: Option<usize>,
     exact: bool,
+    scratch: i32,
 }
 
 impl Llama {
-    /// Loads the model and its adapters, and makes a context.
+    /// Loads the model and its adapters, and makes a context, whose steps `interrupt` can end.
     ///
     /// # Errors
     /// [`LoadError`]. An adapter that cannot be loaded is no error: it is missing in [`ModelInfo::adapters`].
-    pub fn load(settings: &Settings) -> Result<Self, LoadError> {
+    pub fn load(settings: &Settings, interrupt: &Interrupt) -> Result<Self, LoadError> {
         let started = Instant::now();
         let header = model::inspect(&settings.model)?;
         let path = settings.model.display().to_string();
@@ -123,25 +122,18 @@ impl Llama {
         } else {
             settings.threads
         };
-        let params = LlamaContextParams::default()
-            .with_n_ctx(NonZeroU32::new(settings.n_ctx))
-            .with_n_batch(N_BATCH)
-            .with_n_ubatch(N_BATCH)
-            .with_n_seq_max(sequences(settings))
-            .with_kv_unified(true)
-            .with_swa_full(false)
-            .with_type_k(type_k)
-            .with_type_v(type_v)
-            .with_no_perf(true)
-            .with_n_threads(threads as i32)
-            .with_n_threads_batch(threads as i32);
-        let context = model
-            .new_context(&backend, params)
-            .map_err(|error| LoadError::Context {
-                path: path.clone(),
-                n_ctx: settings.n_ctx,
-                reason: error.to_string(),
-            })?;
+        let params = Params {
+            n_ctx: settings.n_ctx,
+            n_batch: N_BATCH,
+            n_seq_max: sequences(settings.slots),
+            threads,
+            type_k,
+            type_v,
+        };
+        let context = Context::new(model, &params, interrupt.flag()).ok_or_else(|| LoadError::Context {
+            path: path.clone(),
+            n_ctx: settings.n_ctx,
+        })?;
         // Freed with the process.
         std::mem::forget(backend);
         let window = format!("{}.attention.sliding_window", header.architecture);
@@ -153,7 +145,7 @@ impl Llama {
             quantisation: header.quantisation,
             bytes: model.size(),
             parameters: model.n_params(),
-            context: context.n_ctx(),
+            context: context.cells(),
             context_trained: trained,
             chat_template: prompt.has_template(),
             slots: settings.slots,
@@ -164,12 +156,13 @@ impl Llama {
         Ok(Self {
             model,
             context,
-            batch: LlamaBatch::new(N_BATCH as usize, 1),
+            batch: Batch::default(),
             prompt,
             info,
             adapters,
             active: None,
             exact,
+            scratch: params.n_seq_max.cast_signed() - 1,
         })
     }
 
@@ -183,14 +176,9 @@ impl Llama {
         self.model
     }
 
-    /// The context, for its logits.
-    pub fn context(&self) -> &LlamaContext<'static> {
-        &self.context
-    }
-
-    /// The context, for the state of its sequences.
-    pub fn context_mut(&mut self) -> &mut LlamaContext<'static> {
-        &mut self.context
+    /// The logits after the token that [`Self::add`] gave this index; `None` when they were not asked for.
+    pub fn logits(&self, index: usize) -> Option<&[f32]> {
+        self.context.logits(index)
     }
 
     /// Turns conversations into tokens.
@@ -212,17 +200,9 @@ impl Llama {
         if wanted == self.active {
             return Ok(());
         }
-        match wanted {
-            Some(at) => self
-                .context
-                .lora_adapter_set(&mut self.adapters[at].1, 1.0)
-                .map_err(|error| error.to_string())?,
-            // Clears all of them, whichever is given.
-            None => self
-                .context
-                .lora_adapter_remove(&mut self.adapters[0].1)
-                .map_err(|error| error.to_string())?,
-        }
+        self.context
+            .adapt(wanted.map(|at| &self.adapters[at].1))
+            .map_err(|code| format!("llama.cpp does not take the adapter: {code}"))?;
         self.active = wanted;
         Ok(())
     }
@@ -232,24 +212,26 @@ impl Llama {
         self.batch.clear();
     }
 
-    /// Adds a token to the batch; returns its row, where its logits will be if they are wanted. `None` when the batch
-    /// is full.
-    pub fn add(&mut self, token: LlamaToken, position: usize, sequence: i32, logits: bool) -> Option<i32> {
-        let row = self.batch.n_tokens();
+    /// Adds a token to the batch; returns its index there. `None` when the batch is full.
+    pub fn add(&mut self, token: LlamaToken, position: usize, sequence: i32, logits: bool) -> Option<usize> {
+        let index = self.batch.len();
         let position = i32::try_from(position).ok()?;
-        self.batch.add(token, position, &[sequence], logits).ok()?;
-        Some(row)
+        if index >= N_BATCH as usize {
+            return None;
+        }
+        self.batch.add(token, position, sequence, logits);
+        Some(index)
     }
 
     /// Tokens in the batch.
     pub fn batched(&self) -> usize {
-        self.batch.n_tokens().unsigned_abs() as usize
+        self.batch.len()
     }
 
     /// Computes the batch.
     ///
     /// # Errors
-    /// llama.cpp's; `NoKvCacheSlot` leaves everything as it was.
+    /// llama.cpp's; `NoRoom` leaves everything as it was.
     pub fn decode(&mut self) -> Result<(), DecodeError> {
         self.context.decode(&mut self.batch)
     }
@@ -262,31 +244,61 @@ impl Llama {
 
     /// Whether a sequence of `whole` tokens holds what another needs that shares its first `count`.
     pub fn reaches_back(&self, sequence: i32, whole: usize, count: usize) -> bool {
-        count == whole || self.context.kv_cache_seq_pos_min(sequence) == 0
+        count == whole || self.context.first_position(sequence) == 0
     }
 
-    /// Lets the empty sequence `to` begin with the first `count` tokens of `from`.
+    /// Lets the empty sequence `to` begin with the first `count` tokens of `from`, in the same cells.
     pub fn copy(&mut self, from: i32, to: i32, count: usize) {
-        let end = u32::try_from(count).ok();
-        // Positions beyond i32 do not occur in a context.
-        let _ = self.context.copy_kv_cache_seq(from, to, None, end);
+        self.context.copy(from, to, 0, count);
     }
 
-    /// Forgets a sequence. Whole ones can always be forgotten.
+    /// Forgets a sequence.
     pub fn forget(&mut self, sequence: i32) {
-        let _ = self
-            .context
-            .clear_kv_cache_seq(Some(sequence.unsigned_abs()), None, None);
+        self.context.forget(sequence);
+    }
+
+    /// A copy of the tokens `range` of a sequence that has `whole`; `None` when it is larger than `most` bytes, or
+    /// llama.cpp does not give it.
+    pub fn state(&mut self, sequence: i32, whole: usize, range: Range<usize>, most: u64) -> Option<State> {
+        if range == (0..whole) {
+            return self.context.state(sequence, most);
+        }
+        self.context.copy(sequence, self.scratch, range.start, range.end);
+        let state = self.context.state(self.scratch, most);
+        self.context.forget(self.scratch);
+        state
+    }
+
+    /// Gives a sequence the tokens `wanted` from a copy of the tokens `held`. False when there is no room: then it has what
+    /// it had.
+    pub fn restore(
+        &mut self,
+        sequence: i32,
+        state: &State,
+        held: &Range<usize>,
+        wanted: &Range<usize>,
+    ) -> bool {
+        if wanted == held && self.context.first_position(sequence) < 0 {
+            return self.context.restore(sequence, state);
+        }
+        let restored = self.context.restore(self.scratch, state);
+        if restored {
+            self.context
+                .copy(self.scratch, sequence, wanted.start, wanted.end);
+            self.context.forget(self.scratch);
+        }
+        restored
     }
 }
 
-/// Sequences of a context: one for each slot, one for each kept beginning, one to write them to the disk.
-pub fn sequences(settings: &Settings) -> u32 {
-    (settings.slots + settings.prefix_entries + 1).min(MOST_SEQUENCES)
+/// Sequences of a context: one for each slot, one for a request that takes over from one that is done, and one for what
+/// goes to memory or comes from it.
+pub fn sequences(slots: u32) -> u32 {
+    slots.saturating_add(2).min(MOST_SEQUENCES)
 }
 
-fn cache_type(which: char, name: &str) -> Result<KvCacheType, LoadError> {
-    Ok(match name {
+fn cache_type(which: char, name: &str) -> Result<ggml_type, LoadError> {
+    let kind = match name {
         "f32" => KvCacheType::F32,
         "f16" => KvCacheType::F16,
         "bf16" => KvCacheType::BF16,
@@ -302,7 +314,8 @@ fn cache_type(which: char, name: &str) -> Result<KvCacheType, LoadError> {
                 name: name.to_owned(),
             });
         }
-    })
+    };
+    Ok(kind.into())
 }
 
 fn file_stem(path: &Path) -> String {

@@ -1,9 +1,8 @@
 //! The pace of prefill: how many tokens of prompts go into one step.
 //!
-//! A step cannot be interrupted, so its length decides how soon a cancel is heard and how long another request waits
-//! for its next token. But small steps compute fewer tokens a second: every step reads all weights once. In: how long
-//! steps took. Out: tokens for a step of about the time that was asked for, on a board that prefills ten tokens a second
-//! as on one that prefills a thousand.
+//! Nothing but a cancel ends a step, so its length decides how long another request waits for its next token. But small
+//! steps compute fewer tokens a second: every step reads all weights once. In: how long steps took. Out: tokens for a step
+//! of about the time that was asked for, on a board that prefills ten tokens a second as on one that prefills a thousand.
 
 use std::time::Duration;
 
@@ -11,7 +10,7 @@ use std::time::Duration;
 const FIRST: usize = 64;
 /// The least that is worth a step.
 const LEAST: usize = 32;
-/// How much longer a step may be when nobody but a cancel waits for its end.
+/// How much longer a step may be when nobody waits for its end.
 const ALONE: f64 = 4.0;
 
 /// Measures and decides.

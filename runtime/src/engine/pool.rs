@@ -67,17 +67,6 @@ impl Pool {
             }
         }
     }
-
-    /// Cells that would be free if `sequences` gave up all of theirs.
-    pub fn freed_by<'a>(&self, sequences: impl Iterator<Item = &'a Cells>) -> usize {
-        let mut left = self.owners.clone();
-        let mut freed = 0;
-        for &cell in sequences.flatten() {
-            left[cell as usize] -= 1;
-            freed += usize::from(left[cell as usize] == 0);
-        }
-        freed
-    }
 }
 
 #[cfg(test)]
@@ -94,8 +83,6 @@ mod tests {
         let mut b = pool.share(&a, 4);
         assert!(pool.take(2, &mut b));
         assert_eq!((pool.free(), b.len()), (2, 6));
-        assert_eq!(pool.freed_by([&a].into_iter()), 2);
-        assert_eq!(pool.freed_by([&a, &b].into_iter()), 8);
         pool.release(&mut a, 0);
         assert_eq!(pool.free(), 4);
         pool.release(&mut b, 4);
@@ -124,7 +111,6 @@ mod tests {
                 owned.sort_unstable();
                 owned.dedup();
                 prop_assert_eq!(owned.len() + pool.free(), 32);
-                prop_assert_eq!(pool.freed_by(sequences.iter()), owned.len());
             }
         }
     }

@@ -4,7 +4,6 @@
 //! there is something to draw, it is a chain of llama.cpp's samplers in llama.cpp's own order (penalties, top_k, top_p,
 //! min_p, temperature, then a draw with the request's seed).
 
-use llama_cpp_2::context::LlamaContext;
 use llama_cpp_2::sampling::LlamaSampler;
 use llama_cpp_2::token::LlamaToken;
 use llama_cpp_2::token::data::LlamaTokenData;
@@ -90,30 +89,41 @@ impl Sampler {
         }
     }
 
-    /// The next token, from the logits of row `row` of the last batch, among `allowed`; `None` when nothing is.
+    /// The next token, from its logits, among `allowed`; `None` when nothing is. `candidates` is room for all tokens, which
+    /// samplers share: what it holds does not matter.
     pub fn next(
         &mut self,
-        context: &LlamaContext<'_>,
-        row: i32,
+        logits: &[f32],
         allowed: Option<&SimpleVob>,
+        candidates: &mut Vec<LlamaTokenData>,
     ) -> Option<LlamaToken> {
-        let token = match (&mut self.chain, allowed) {
-            (None, allowed) => best(context.get_logits_ith(row), allowed),
-            (Some(chain), None) => return Some(chain.sample(context, row)),
-            (Some(chain), Some(allowed)) => {
-                let logits = context.get_logits_ith(row);
-                let mut candidates = Vec::new();
-                allowed.iter_set_entries(|token| {
-                    if let Some(&logit) = logits.get(token) {
-                        candidates.push(LlamaTokenData::new(LlamaToken(token as i32), logit, 0.0));
-                    }
-                });
+        let token = match &mut self.chain {
+            None => best(logits, allowed),
+            Some(chain) => {
+                candidates.clear();
+                let candidate =
+                    |token: usize, logit: f32| LlamaTokenData::new(LlamaToken(token as i32), logit, 0.0);
+                match allowed {
+                    None => candidates.extend(
+                        logits
+                            .iter()
+                            .enumerate()
+                            .map(|(token, &logit)| candidate(token, logit)),
+                    ),
+                    Some(allowed) => allowed.iter_set_entries(|token| {
+                        if let Some(&logit) = logits.get(token) {
+                            candidates.push(candidate(token, logit));
+                        }
+                    }),
+                }
                 if candidates.is_empty() {
                     return None;
                 }
-                let mut candidates = LlamaTokenDataArray::new(candidates, false);
-                chain.apply(&mut candidates);
-                candidates.selected_token()
+                let mut array = LlamaTokenDataArray::new(std::mem::take(candidates), false);
+                chain.apply(&mut array);
+                let selected = array.selected_token();
+                *candidates = array.data;
+                selected
             }
         }?;
         self.saw(token);

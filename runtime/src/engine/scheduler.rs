@@ -4,28 +4,28 @@
 //! that decodes, and shares what is left of the batch out among the slots that prefill, so that a short prompt is not
 //! stuck behind a long one. `admit` says who gets a slot and what it need not compute.
 //!
-//! The context is one pool of cells. A request is let in when its prompt fits; when cells run out later, first the kept
-//! beginnings go, then the youngest slot gives up its cells and computes its tokens again when there is room.
+//! The context is one pool of cells, for those who compute. A request is let in when its prompt fits; when cells run out
+//! later, the youngest slot gives up its cells and goes on when there is room. `rest` says what becomes of cells that
+//! nobody computes with any more.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-use llama_cpp_2::DecodeError;
-use llama_cpp_2::token::LlamaToken;
+use llama_cpp_2::token::data::LlamaTokenData;
 
 use super::constraint::Compiler;
+use super::context::DecodeError;
+use super::interrupt::Interrupt;
 use super::llama::{Llama, N_BATCH};
 use super::pace::Pace;
-use super::pool::{Cells, Pool};
+use super::pool::Pool;
 use super::prefix::Prefixes;
 use super::prefix::disk::Disk;
 use super::slot::{Prepared, Slot};
 use super::{FromWorker, Job, JobError, Settings};
 
 mod admit;
-
-/// Shortest sequence that is worth an entry, in tokens.
-const LEAST_ENTRY: usize = 16;
+mod rest;
 
 /// All requests that the worker has.
 #[derive(Debug)]
@@ -37,14 +37,21 @@ pub struct Scheduler {
     settings: Settings,
     compiler: Option<Compiler>,
     pace: Pace,
+    interrupt: Interrupt,
     /// Tokens of prompts in the batch.
     prefilling: usize,
+    /// Whose tokens are in the batch, and how many.
+    batched: Vec<(u64, usize)>,
     slots: Vec<Slot>,
     waiting: VecDeque<Slot>,
-    /// Sequences that no slot has.
+    /// The first of those who wait did not fit when so many cells were free.
+    refused: Option<(u64, usize)>,
+    /// Done, but still in the context until somebody else computes: the next prompt may go on there.
+    resting: Vec<rest::Resting>,
+    /// Sequences that nobody has.
     sequences: Vec<i32>,
-    /// Sequence for what goes to the disk or comes from it.
-    scratch: i32,
+    /// Room for samplers.
+    candidates: Vec<LlamaTokenData>,
     arrivals: u64,
     /// Slots that may be under way at a time.
     most: usize,
@@ -54,24 +61,29 @@ pub struct Scheduler {
 }
 
 impl Scheduler {
-    /// A scheduler without work.
-    pub fn new(llama: Llama, settings: &Settings) -> Self {
-        let all = super::llama::sequences(settings).cast_signed();
-        let slots = settings.slots.cast_signed().clamp(1, (all - 1).max(1));
+    /// A scheduler without work; `interrupt` is the one that `llama` was loaded with.
+    pub fn new(llama: Llama, settings: &Settings, interrupt: Interrupt) -> Self {
+        let all = super::llama::sequences(settings.slots).cast_signed();
+        // The last one is llama's own.
+        let slots = settings.slots.cast_signed().clamp(1, (all - 2).max(1));
         Self {
             pool: Pool::new(llama.info().context),
-            prefixes: Prefixes::new(slots..all - 1),
+            prefixes: Prefixes::new(settings.prefix_bytes, llama.is_exact()),
             disk: None,
             compiler: None,
             pace: Pace::new(
                 Duration::from_millis(u64::from(settings.prefill_ms)),
                 settings.prefill_chunk.min(N_BATCH) as usize,
             ),
+            interrupt,
             prefilling: 0,
+            batched: Vec::new(),
             slots: Vec::new(),
             waiting: VecDeque::new(),
-            sequences: (0..slots).rev().collect(),
-            scratch: all - 1,
+            refused: None,
+            resting: Vec::new(),
+            sequences: (0..all - 1).rev().collect(),
+            candidates: Vec::new(),
             arrivals: 0,
             most: slots.unsigned_abs() as usize,
             turn: None,
@@ -83,7 +95,7 @@ impl Scheduler {
 
     /// Whether there is nothing to do.
     pub fn is_idle(&self) -> bool {
-        self.slots.is_empty() && self.waiting.is_empty()
+        self.slots.is_empty() && self.waiting.is_empty() && self.resting.iter().all(|rest| rest.stored)
     }
 
     /// What happened since the last call.
@@ -173,15 +185,35 @@ impl Scheduler {
     /// One step of the model.
     pub fn step(&mut self) {
         self.admit();
+        if self.slots.is_empty() {
+            // There is time now for what would delay the next request.
+            self.store_resting();
+            return;
+        }
         let rows = self.batch();
-        if rows.is_empty() && self.llama.batched() == 0 {
+        if self.llama.batched() == 0 {
             return;
         }
         let started = Instant::now();
-        match self.llama.decode() {
+        // A state that is not made of cells would be spoilt.
+        if self.prefilling > 0 && !self.llama.is_exact() {
+            self.interrupt.begin(
+                self.batched
+                    .iter()
+                    .filter(|(_, count)| *count > 1)
+                    .map(|&(job, _)| job),
+            );
+        }
+        let outcome = self.llama.decode();
+        self.interrupt.end();
+        match outcome {
             Ok(()) => self.pace.took(self.prefilling, started.elapsed()),
+            Err(DecodeError::Interrupted) => {
+                self.take_back();
+                return;
+            }
             Err(error) => {
-                self.undecodable(&error);
+                self.undecodable(error);
                 return;
             }
         }
@@ -189,16 +221,20 @@ impl Scheduler {
             let Some(at) = self.slots.iter().position(|slot| slot.job == job) else {
                 continue;
             };
-            let slot = &mut self.slots[at];
-            let outcome = slot.advance(self.llama.model(), self.llama.context(), row);
+            let outcome = match self.llama.logits(row) {
+                Some(logits) => self.slots[at].advance(self.llama.model(), logits, &mut self.candidates),
+                None => Err(JobError::Llama("llama.cpp gave no logits".to_owned())),
+            };
             self.settle(at, outcome);
         }
     }
 
-    /// Fills the batch; returns the jobs whose next token can be chosen after it, with the rows of their logits.
-    fn batch(&mut self) -> Vec<(u64, i32)> {
+    /// Fills the batch; returns the jobs whose next token can be chosen after it, with the index of the token whose
+    /// logits say which.
+    fn batch(&mut self) -> Vec<(u64, usize)> {
         self.llama.clear();
         self.prefilling = 0;
+        self.batched.clear();
         let Some(adapter) = self.next_turn() else {
             return Vec::new();
         };
@@ -226,7 +262,6 @@ impl Scheduler {
         let alone = order.len() == 1 && self.waiting.is_empty();
         let mut left = self.pace.tokens(prefill, alone);
         let mut rows = Vec::new();
-        let mut batched = Vec::new();
         for (done, &(pending, _, job)) in order.iter().enumerate() {
             let share = if pending == 1 {
                 1
@@ -235,7 +270,7 @@ impl Scheduler {
             };
             let room = (N_BATCH as usize).saturating_sub(self.llama.batched());
             let count = self.until_a_follower(job, pending.min(share)).min(room);
-            if count == 0 || !self.reserve(job, count, &batched) {
+            if count == 0 || !self.reserve(job, count) {
                 continue;
             }
             // Making room may have moved it.
@@ -252,7 +287,7 @@ impl Scheduler {
                     rows.push((job, row));
                 }
             }
-            batched.push(job);
+            self.batched.push((job, count));
             if pending > 1 {
                 left = left.saturating_sub(count);
                 self.prefilling += count;
@@ -299,9 +334,9 @@ impl Scheduler {
             .map_or(count, |most| count.min(most))
     }
 
-    /// Gives a slot `count` cells more. Others give way when there are none: entries first, then the youngest slot of
-    /// those that are not in the batch yet, which may be this one.
-    fn reserve(&mut self, job: u64, count: usize, batched: &[u64]) -> bool {
+    /// Gives a slot `count` cells more. Others give way when there are none: the youngest slot of those that are not in the
+    /// batch yet, which may be this one.
+    fn reserve(&mut self, job: u64, count: usize) -> bool {
         loop {
             let Some(at) = self.slots.iter().position(|slot| slot.job == job) else {
                 return false;
@@ -309,8 +344,8 @@ impl Scheduler {
             if self.pool.take(count, &mut self.slots[at].cells) {
                 return true;
             }
-            if let Some(sequence) = self.prefixes.evict(None, &mut self.pool) {
-                self.llama.forget(sequence);
+            if !self.resting.is_empty() {
+                self.put_away(None);
                 continue;
             }
             if self.slots.len() == 1 {
@@ -321,7 +356,7 @@ impl Scheduler {
             let youngest = self
                 .slots
                 .iter()
-                .filter(|slot| !batched.contains(&slot.job))
+                .filter(|slot| self.batched.iter().all(|&(job, _)| job != slot.job))
                 .max_by_key(|slot| slot.order)
                 .map_or(job, |slot| slot.job);
             self.give_way(youngest);
@@ -338,11 +373,30 @@ impl Scheduler {
         };
         let mut slot = self.slots.swap_remove(at);
         tracing::debug!(job, "the context is full: this request waits");
-        self.pool.release(&mut slot.cells, 0);
-        self.llama.forget(slot.sequence);
-        self.sequences.push(slot.sequence);
+        self.store_slot(&slot);
+        self.vacate(&mut slot);
         slot.leader = None;
         self.waiting.push_front(slot);
+    }
+
+    /// The batch was interrupted, and llama.cpp has forgotten its tokens: they are pending again.
+    fn take_back(&mut self) {
+        for (job, count) in std::mem::take(&mut self.batched) {
+            if let Some(slot) = self.slots.iter_mut().find(|slot| slot.job == job) {
+                let computed = slot.cells.len() - count;
+                self.pool.release(&mut slot.cells, computed);
+            }
+        }
+    }
+
+    /// As [`Self::give_way`], after a batch that was not computed: what the slot has is not known to be computed.
+    fn begin_again(&mut self, job: u64) {
+        if let Some(at) = self.slots.iter().position(|slot| slot.job == job) {
+            let mut slot = self.slots.swap_remove(at);
+            self.vacate(&mut slot);
+            slot.leader = None;
+            self.waiting.push_front(slot);
+        }
     }
 
     /// After a token was chosen: sends what is new, and ends the slot where it is at its end.
@@ -384,80 +438,24 @@ impl Scheduler {
         });
     }
 
-    /// Makes an entry of what a slot has computed, and frees its sequence.
-    fn keep(&mut self, mut slot: Slot) {
-        if slot.sequence < 0 {
-            return;
-        }
-        slot.tokens.truncate(slot.cells.len());
-        self.enter(
-            slot.sequence,
-            slot.request.adapter.take(),
-            &slot.tokens,
-            &slot.cells,
-        );
-        self.pool.release(&mut slot.cells, 0);
-        self.llama.forget(slot.sequence);
-        self.sequences.push(slot.sequence);
-    }
-
-    /// Keeps the beginning `tokens` of a sequence as an entry.
-    fn enter(&mut self, from: i32, adapter: Option<String>, tokens: &[LlamaToken], cells: &Cells) {
-        let name = adapter.as_deref();
-        if tokens.len() < LEAST_ENTRY || self.prefixes.covers(name, tokens) {
-            return;
-        }
-        // Where only whole sequences can be shared, their beginnings are of use of their own.
-        let mut proven = false;
-        if !self.llama.is_exact() {
-            let (old, of_use) = self.prefixes.supersede(name, tokens, &mut self.pool);
-            old.into_iter().for_each(|sequence| self.llama.forget(sequence));
-            proven = of_use;
-        }
-        let sequence = match self.prefixes.sequence() {
-            Some(sequence) => sequence,
-            None => {
-                let Some(oldest) = self.prefixes.evict(None, &mut self.pool) else {
-                    return;
-                };
-                self.llama.forget(oldest);
-                let Some(sequence) = self.prefixes.sequence() else {
-                    return;
-                };
-                sequence
-            }
-        };
-        self.llama.copy(from, sequence, tokens.len());
-        let cells = self.pool.share(cells, tokens.len());
-        self.prefixes
-            .add(sequence, adapter, tokens.to_vec(), cells, proven);
-        while let Some(sequence) = self.prefixes.thin(&mut self.pool) {
-            self.llama.forget(sequence);
-        }
-    }
-
     /// llama.cpp could not compute the batch, and has put everything back as it was. For want of room (the account knows
-    /// the cells of full attention, not those of sliding windows) all entries go and the slots begin again, one fewer at
-    /// a time; other failures are the requests'.
-    fn undecodable(&mut self, error: &DecodeError) {
+    /// the cells of full attention, not those of sliding windows) nobody rests in the context any more, and the slots begin
+    /// again, one fewer at a time; other failures are the requests'.
+    fn undecodable(&mut self, error: DecodeError) {
         tracing::warn!("llama.cpp cannot decode: {error}");
-        let crowded = self.slots.len() > 1 || !self.prefixes.entries().is_empty();
-        while let Some(sequence) = self.prefixes.evict(None, &mut self.pool) {
-            self.llama.forget(sequence);
-        }
-        if *error == DecodeError::NoKvCacheSlot && crowded {
+        let crowded = self.slots.len() > 1 || !self.resting.is_empty();
+        self.put_away(None);
+        if error == DecodeError::NoRoom && crowded {
             let mut jobs: Vec<(u64, u64)> = self.slots.iter().map(|slot| (slot.order, slot.job)).collect();
             jobs.sort_unstable();
             for (_, job) in jobs.into_iter().rev() {
-                self.give_way(job);
+                self.begin_again(job);
             }
             self.most = self.most.saturating_sub(1).max(1);
             return;
         }
         for mut slot in std::mem::take(&mut self.slots) {
-            self.pool.release(&mut slot.cells, 0);
-            self.llama.forget(slot.sequence);
-            self.sequences.push(slot.sequence);
+            self.vacate(&mut slot);
             let error = JobError::Llama(format!("llama.cpp cannot decode: {error}"));
             self.fail(slot.job, &error);
         }

@@ -7,9 +7,9 @@
 
 use std::time::{Duration, Instant};
 
-use llama_cpp_2::context::LlamaContext;
 use llama_cpp_2::model::LlamaModel;
 use llama_cpp_2::token::LlamaToken;
+use llama_cpp_2::token::data::LlamaTokenData;
 
 use super::constraint::Constraint;
 use super::output::Output;
@@ -141,15 +141,22 @@ impl Slot {
         }
     }
 
-    /// Chooses the next token from row `row` of the batch that has computed all that was pending.
+    /// It has got cells of what was computed before.
+    pub fn took(&mut self) {
+        if self.is_prefilling() {
+            self.cached = self.cached.max(self.cells.len());
+        }
+    }
+
+    /// Chooses the next token from the logits after the last one that was pending; `candidates` is room to do it in.
     ///
     /// # Errors
     /// A schema that is stuck.
     pub fn advance(
         &mut self,
         model: &LlamaModel,
-        context: &LlamaContext<'_>,
-        row: i32,
+        logits: &[f32],
+        candidates: &mut Vec<LlamaTokenData>,
     ) -> Result<(), JobError> {
         let allowed = self
             .constraint
@@ -159,7 +166,7 @@ impl Slot {
             .map_err(JobError::Schema)?;
         let token = self
             .sampler
-            .next(context, row, allowed.as_ref())
+            .next(logits, allowed.as_ref(), candidates)
             .ok_or_else(|| JobError::Schema("no token obeys the schema here".to_owned()))?;
         self.first.get_or_insert_with(Instant::now);
         if model.vocab().is_eog(token) {

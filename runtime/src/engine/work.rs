@@ -4,6 +4,7 @@ use std::io::{BufRead as _, Write as _};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError, channel};
 use std::time::{Duration, Instant};
 
+use super::interrupt::Interrupt;
 use super::scheduler::Scheduler;
 use super::{FromWorker, ToWorker, llama};
 use crate::kernels;
@@ -28,13 +29,14 @@ pub fn run() -> anyhow::Result<()> {
         }])?;
         anyhow::bail!(message);
     }
-    let inbox = read_frames()?;
+    let interrupt = Interrupt::default();
+    let inbox = read_frames(interrupt.clone())?;
     let settings = match inbox.recv() {
         Ok(ToWorker::Load(settings)) => settings,
         Ok(_) => anyhow::bail!("the first frame must be `load`"),
         Err(_) => return Ok(()),
     };
-    let llama = match llama::Llama::load(&settings) {
+    let llama = match llama::Llama::load(&settings, &interrupt) {
         Ok(llama) => llama,
         Err(error) => {
             outbox.send(&[FromWorker::Unloadable {
@@ -44,7 +46,7 @@ pub fn run() -> anyhow::Result<()> {
         }
     };
     outbox.send(&[FromWorker::Ready(llama.info().clone())])?;
-    let mut scheduler = Scheduler::new(llama, &settings);
+    let mut scheduler = Scheduler::new(llama, &settings, interrupt);
     loop {
         let frame = if scheduler.is_idle() {
             match inbox.recv_timeout(HEARTBEAT) {
@@ -111,7 +113,7 @@ impl Outbox {
 }
 
 /// Reads frames on a thread of its own; the end of the input ends the process, also in the middle of a decode.
-fn read_frames() -> std::io::Result<Receiver<ToWorker>> {
+fn read_frames(interrupt: Interrupt) -> std::io::Result<Receiver<ToWorker>> {
     let (frames, inbox) = channel();
     std::thread::Builder::new()
         .name("frames".to_owned())
@@ -120,8 +122,16 @@ fn read_frames() -> std::io::Result<Receiver<ToWorker>> {
                 let Ok(line) = line else { break };
                 match serde_json::from_str(&line) {
                     Ok(frame) => {
+                        let cancelled = match frame {
+                            ToWorker::Cancel { job } => Some(job),
+                            _ => None,
+                        };
                         if frames.send(frame).is_err() {
                             break;
+                        }
+                        // The frame is there when the step ends.
+                        if let Some(job) = cancelled {
+                            interrupt.cancel(job);
                         }
                     }
                     Err(error) => tracing::error!("a frame that is not understood: {error}"),

@@ -43,11 +43,23 @@ pub(super) fn advice(header: &Header, settings: &Settings, available: u64) -> St
     if let Some(slots) = largest(1, settings.slots, 1, |slots| fits(&with_slots(slots))) {
         ways.push(format!("slots = {slots}"));
     }
+    let needed = bytes(&Settings {
+        prefixes: 0,
+        ..settings.clone()
+    });
+    if settings.prefixes > 0 && needed <= available {
+        // Whole mebibytes are easier to read.
+        ways.push(format!(
+            "[prefix] ram_bytes = {}",
+            (available - needed) >> 20 << 20
+        ));
+    }
     if !ways.is_empty() {
         return format!("it fits with {}", ways.join(", or "));
     }
     let least = |n_ctx| Settings {
         n_ctx,
+        prefixes: 0,
         cache_type_k: if smaller_cache {
             eight_bits
         } else {
@@ -60,13 +72,20 @@ pub(super) fn advice(header: &Header, settings: &Settings, available: u64) -> St
         },
         ..with_slots(1)
     };
+    let mut together = vec!["slots = 1"];
+    if settings.prefixes > 0 {
+        together.push("[prefix] ram_bytes = 0");
+    }
+    if smaller_cache {
+        together.push("cache_type_k = cache_type_v = \"q8_0\"");
+    }
     match largest(LEAST_CONTEXT, settings.n_ctx.max(512), 256, |n_ctx| {
         fits(&least(n_ctx))
     }) {
-        Some(n_ctx) if smaller_cache => format!(
-            "it fits with slots = 1, cache_type_k = cache_type_v = \"q8_0\" and n_ctx = {n_ctx} together"
+        Some(n_ctx) => format!(
+            "it fits with {} and n_ctx = {n_ctx} together",
+            together.join(", ")
         ),
-        Some(n_ctx) => format!("it fits with slots = 1 and n_ctx = {n_ctx} together"),
         None => format!(
             "no setting makes it fit, the least is {}: take a smaller model, or one quantised to fewer bits \
              (`pipit-convert model -t`)",

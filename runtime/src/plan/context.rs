@@ -166,14 +166,13 @@ fn compute(header: &Header, settings: &Settings, masked_cells: u64) -> u64 {
         .fold(0, u64::saturating_add)
 }
 
-/// One row of logits in the graph and one in the output buffer for each sequence that may have one, and the
-/// candidates (token, logit, probability) of each slot's sampler; llama.cpp keeps a list of all tokens besides.
+/// One row of logits in the graph for each slot, one in the output buffer for each sequence, and the candidates (token,
+/// logit, probability) of the sampler that is at work; llama.cpp keeps a list of all tokens besides.
 fn logits(header: &Header, settings: &Settings) -> u64 {
     let (slots, sequences) = (u64::from(settings.slots), u64::from(settings.sequences));
     let for_each_token = sequences
         .saturating_mul(4)
         .saturating_add(slots.saturating_mul(4))
-        .saturating_add(slots.saturating_mul(12))
-        .saturating_add(4);
+        .saturating_add(12 + 4);
     header.vocabulary.saturating_mul(for_each_token)
 }

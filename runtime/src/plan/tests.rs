@@ -15,6 +15,7 @@ fn settings(n_ctx: u32) -> Settings {
         threads: 1,
         cache_type_k: GgmlType::F16,
         cache_type_v: GgmlType::F16,
+        prefixes: 0,
         journal: 0,
         repack: Repack::of(NONE),
     }
@@ -202,4 +203,26 @@ fn a_configuration_becomes_settings() {
         error.contains("model.cache_type_v") && error.contains("`q9_0`"),
         "{error}"
     );
+}
+
+#[test]
+fn fewer_kept_beginnings_are_advised_where_that_suffices() {
+    let header = header(&[]);
+    let wanted = Settings {
+        prefixes: 64 << 20,
+        ..settings(512)
+    };
+    let all = Plan::of(&header, &wanted).bytes();
+    assert_eq!(all - Plan::of(&header, &settings(512)).bytes(), 64 << 20);
+    let hint = advised(&header, &wanted, all - (10 << 20));
+    assert!(
+        hint.contains(&format!("[prefix] ram_bytes = {}", 54 << 20)),
+        "{hint}"
+    );
+    let hint = advised(
+        &header,
+        &Settings { slots: 2, ..wanted },
+        Plan::of(&header, &settings(512)).bytes() - 1,
+    );
+    assert!(!hint.contains("ram_bytes = 5"), "{hint}");
 }

@@ -15,13 +15,12 @@ use std::io::{Read as _, Write as _};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
-use llama_cpp_2::context::LlamaContext;
-use llama_cpp_2::context::session::LlamaStateSeqFlags;
 use llama_cpp_2::token::LlamaToken;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
 use crate::engine::Settings;
+use crate::engine::context::State;
 use crate::wire::request::hex;
 
 const MAGIC: &[u8; 8] = b"PIPITKV1";
@@ -183,35 +182,24 @@ impl Disk {
             })
     }
 
-    /// Puts a file's state into a sequence of the context, which must be empty.
+    /// Reads a file's state.
     ///
     /// # Errors
     /// A damaged file; it is removed.
-    pub fn load(
-        &mut self,
-        found: &Found,
-        context: &mut LlamaContext<'_>,
-        sequence: i32,
-    ) -> Result<(), DiskError> {
-        let outcome = read_state(&found.path).and_then(|state| {
-            #[expect(
-                unsafe_code,
-                reason = "the safe wrapper takes only states of the same process"
-            )]
-            // SAFETY: the checksum says that these are the bytes that `store` wrote, and the header (checked by
-            // `open`) that the same build of llama.cpp made them from the same model with the same cache types.
-            let loaded =
-                unsafe { context.state_seq_set_data_ext(&state, sequence, LlamaStateSeqFlags::empty()) };
-            loaded.then_some(()).ok_or_else(|| DiskError {
-                path: found.path.clone(),
-                what: "llama.cpp does not take it".to_owned(),
-            })
-        });
+    pub fn load(&mut self, found: &Found) -> Result<State, DiskError> {
+        let outcome = read_state(&found.path);
         if outcome.is_err() {
             self.known.retain(|known| known.path != found.path);
             let _ = std::fs::remove_file(&found.path);
         }
-        outcome
+        // The checksum says that these are the bytes that `store` wrote, and the header (checked by `open`) that the same
+        // build of llama.cpp made them from the same model with the same cache types.
+        outcome.map(State::trusted)
+    }
+
+    /// Most bytes of all files.
+    pub fn most_bytes(&self) -> u64 {
+        self.place.bytes
     }
 
     /// Whether this beginning, which the prompt of `job` shares with an earlier one, is to be written now: it is long
@@ -236,32 +224,19 @@ impl Disk {
         first != job
     }
 
-    /// Writes the state of a sequence that holds just `tokens`, on a thread of its own; the oldest files make room.
-    pub fn store(
-        &mut self,
-        context: &mut LlamaContext<'_>,
-        sequence: i32,
-        adapter: Option<&str>,
-        tokens: &[LlamaToken],
-    ) {
+    /// Writes the state of a sequence of just these tokens, on a thread of its own; the oldest files make room.
+    pub fn store(&mut self, state: State, adapter: Option<&str>, tokens: &[LlamaToken]) {
         let adapter = self.identity(adapter);
-        let flags = LlamaStateSeqFlags::empty();
-        let mut state = vec![0_u8; context.state_seq_get_size_ext(sequence, flags)];
-        #[expect(unsafe_code, reason = "the safe wrapper hides the bytes")]
-        // SAFETY: the buffer has the size that llama.cpp has just asked for, and nothing ran in between.
-        let written = unsafe { context.state_seq_get_data_ext(state.as_mut_ptr(), sequence, flags) };
-        if written == 0 || written != state.len() {
-            return;
-        }
+        let state_bytes = state.bytes().len();
         let header = Header {
             model: self.model.clone(),
             adapter: adapter.clone(),
             cache_types: self.cache_types.clone(),
             build: BUILD.to_owned(),
             tokens: tokens.len(),
-            state_bytes: state.len(),
+            state_bytes,
         };
-        let bytes = (state.len() + tokens.len() * 4) as u64;
+        let bytes = (state_bytes + tokens.len() * 4) as u64;
         if !self.make_room(bytes) {
             return;
         }
@@ -276,7 +251,7 @@ impl Disk {
         });
         let tokens = tokens.to_vec();
         let write = move || {
-            if let Err(error) = write(&path, &header, &tokens, &state) {
+            if let Err(error) = write(&path, &header, &tokens, state.bytes()) {
                 tracing::warn!("prefix {}: {error}", path.display());
             }
         };

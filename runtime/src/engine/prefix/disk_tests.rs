@@ -19,7 +19,7 @@ fn settings() -> Settings {
         prefill_chunk: 16,
         prefill_ms: 10,
         adapters: BTreeMap::new(),
-        prefix_entries: 1,
+        prefix_bytes: 1 << 20,
         prefix_disk: None,
     }
 }

@@ -2,11 +2,9 @@
 
 use std::time::Instant;
 
-use llama_cpp_2::token::LlamaToken;
-
-use super::{LEAST_ENTRY, Scheduler};
+use super::Scheduler;
 use crate::engine::JobError;
-use crate::engine::prefix::{common, disk};
+use crate::engine::prefix::{SHORTEST, common, disk};
 use crate::engine::slot::Slot;
 
 /// Tokens of the answer that must fit beside the prompt for a request to be let in.
@@ -14,7 +12,7 @@ const HEADROOM: usize = 32;
 /// Tokens that are worth waiting for: fewer are sooner computed twice.
 const WORTH_WAITING: usize = 32;
 
-/// Where a beginning is.
+/// Where in the context a beginning is.
 #[derive(Clone, Copy, Debug)]
 struct Source {
     sequence: i32,
@@ -25,35 +23,29 @@ struct Source {
 
 impl Scheduler {
     /// Lets in who waits, in order, as long as there are slots and cells; then lets followers take over what their
-    /// leaders have computed.
+    /// leaders have computed. Nobody rests in the context after that, if somebody computes.
     pub(super) fn admit(&mut self) {
         self.expire();
-        while let Some(slot) = self.waiting.front() {
-            if self.sequences.is_empty() || self.slots.len() >= self.most {
-                break;
-            }
-            let adapter = slot.request.adapter.clone();
-            let tokens = slot.tokens.clone();
-            let source = self.source(adapter.as_deref(), &tokens);
-            let shared = source.map_or(0, |source| source.count);
-            let capacity = self.pool.capacity();
-            let need = (tokens.len() + HEADROOM.min(slot.request.max_tokens as usize)).min(capacity) - shared;
-            if !self.make_room(need, source.map(|source| source.sequence)) {
-                break;
-            }
-            let (Some(mut slot), Some(sequence)) = (self.waiting.pop_front(), self.sequences.pop()) else {
+        while self.slots.len() < self.most {
+            let Some(slot) = self.waiting.pop_front() else {
                 break;
             };
-            slot.begin();
-            slot.sequence = sequence;
-            if self.llama.is_exact() && slot.beginning == 0 {
-                slot.beginning = self.branch(adapter.as_deref(), &tokens, shared);
+            // What did not fit does not fit now, if no cell more is free.
+            let still = |(job, free)| job == slot.job && self.pool.free() <= free;
+            let is_refused =
+                self.refused.is_some_and(still) && self.resting.is_empty() && !self.slots.is_empty();
+            let refused = if is_refused { Some(slot) } else { self.place(slot) };
+            if let Some(slot) = refused {
+                self.refused = Some((slot.job, self.pool.free()));
+                self.waiting.push_front(slot);
+                break;
             }
-            self.restore(&mut slot, source);
-            self.slots.push(slot);
         }
         self.follow();
         self.mark_beginnings();
+        if !self.slots.is_empty() {
+            self.put_away(None);
+        }
     }
 
     /// Those whose deadline has passed cost nothing more.
@@ -72,127 +64,155 @@ impl Scheduler {
         }
     }
 
-    /// The longest beginning of `tokens` that an entry or a slot has, or will have soon.
-    fn source(&self, adapter: Option<&str>, tokens: &[LlamaToken]) -> Option<Source> {
+    /// Lets a request in; returns it when there is no room.
+    fn place(&mut self, mut slot: Slot) -> Option<Slot> {
+        let source = self.source(&slot);
+        let shared = source.map_or(0, |source| source.count);
+        let capacity = self.pool.capacity();
+        let need =
+            (slot.tokens.len() + HEADROOM.min(slot.request.max_tokens as usize)).min(capacity) - shared;
+        if !self.make_room(need, source.map(|source| source.sequence)) {
+            return Some(slot);
+        }
+        let Some(sequence) = self.sequences.pop() else {
+            return Some(slot);
+        };
+        slot.begin();
+        slot.sequence = sequence;
+        if self.llama.is_exact() && slot.beginning == 0 {
+            slot.beginning = self.branch(&slot, shared);
+        }
+        // To make room, it may have gone.
+        let source = source.filter(|source| self.is_in_context(source.sequence));
+        self.resume(&mut slot, source);
+        self.slots.push(slot);
+        None
+    }
+
+    fn is_in_context(&self, sequence: i32) -> bool {
+        self.resting.iter().any(|rest| rest.sequence == sequence)
+            || self.slots.iter().any(|slot| slot.sequence == sequence)
+    }
+
+    /// The longest beginning of a request's tokens that somebody in the context has, or will have soon.
+    fn source(&self, slot: &Slot) -> Option<Source> {
         // The last token is always computed: its logits are what is wanted.
-        let most = tokens.len() - 1;
-        let entries = self
-            .prefixes
-            .entries()
+        let (tokens, most) = (&slot.tokens, slot.tokens.len() - 1);
+        let adapter = &slot.request.adapter;
+        let resting = self
+            .resting
             .iter()
-            .filter(|entry| entry.adapter.as_deref() == adapter)
-            .filter_map(|entry| {
-                let count = common(&entry.tokens, tokens).min(most);
-                self.llama
-                    .reaches_back(entry.sequence, entry.tokens.len(), count)
-                    .then_some(Source {
-                        sequence: entry.sequence,
-                        count,
-                        job: None,
-                    })
+            .filter(|rest| rest.adapter == *adapter)
+            .filter_map(|rest| {
+                let count = common(&rest.tokens, tokens).min(most);
+                let reached = self.llama.reaches_back(rest.sequence, rest.tokens.len(), count);
+                reached.then_some(Source {
+                    sequence: rest.sequence,
+                    count,
+                    job: None,
+                })
             });
         let slots = self
             .slots
             .iter()
-            .filter(|slot| slot.request.adapter.as_deref() == adapter)
-            .filter_map(|slot| {
-                let count = common(&slot.tokens, tokens).min(most);
-                let computed = slot.cells.len();
+            .filter(|other| other.job != slot.job && other.request.adapter == *adapter)
+            .filter_map(|other| {
+                let count = common(&other.tokens, tokens).min(most);
+                let computed = other.cells.len();
                 let whole = count.min(computed);
-                if count > computed + WORTH_WAITING && slot.leader.is_none() {
+                if count > computed + WORTH_WAITING && other.leader.is_none() {
                     return Some(Source {
-                        sequence: slot.sequence,
+                        sequence: other.sequence,
                         count,
-                        job: Some(slot.job),
+                        job: Some(other.job),
                     });
                 }
-                (whole > 0 && self.llama.reaches_back(slot.sequence, computed, whole)).then_some(Source {
-                    sequence: slot.sequence,
+                let reached = whole > 0 && self.llama.reaches_back(other.sequence, computed, whole);
+                reached.then_some(Source {
+                    sequence: other.sequence,
                     count: whole,
                     job: None,
                 })
             });
         // What is there already is better than as much that is still to come.
-        entries
+        resting
             .chain(slots)
             .max_by_key(|source| source.count - if source.job.is_some() { WORTH_WAITING } else { 0 })
-            .filter(|source| source.count >= LEAST_ENTRY)
+            .filter(|source| source.count >= SHORTEST)
     }
 
-    /// Where `tokens` part from an entry that they could share only in part, which this model cannot: the next prompt
-    /// that begins so will find an entry that ends there. 0 when that is not worth an entry.
-    fn branch(&self, adapter: Option<&str>, tokens: &[LlamaToken], shared: usize) -> usize {
-        let entries = self.prefixes.entries().iter();
-        let seen = entries
-            .filter(|entry| entry.adapter.as_deref() == adapter)
-            .map(|entry| common(&entry.tokens, tokens).min(tokens.len() - 1))
+    /// Where a prompt parts from a kept beginning that it could share only in part, which this model cannot: the next
+    /// prompt that begins so will find one that ends there. 0 when that is not worth it.
+    fn branch(&self, slot: &Slot, shared: usize) -> usize {
+        let (adapter, most) = (slot.request.adapter.as_deref(), slot.tokens.len() - 1);
+        let kept = self.prefixes.find(adapter, &slot.tokens[..most]).count;
+        let resting = self
+            .resting
+            .iter()
+            .filter(|rest| rest.adapter.as_deref() == adapter);
+        let seen = resting
+            .map(|rest| common(&rest.tokens, &slot.tokens))
+            .chain([self.prefixes.likest(adapter, &slot.tokens)])
             .max()
             .unwrap_or(0);
-        let point = disk::worth_keeping(0, seen);
-        if point > shared + WORTH_WAITING { point } else { 0 }
+        let point = disk::worth_keeping(0, seen.min(most));
+        if point > shared.max(kept) + WORTH_WAITING {
+            point
+        } else {
+            0
+        }
     }
 
-    /// Makes sure that `need` cells are free, at the expense of entries other than `spared`; changes nothing when that
-    /// is not enough. When nothing else is under way, even the spared one goes.
+    /// Makes sure that `need` cells and a sequence are free, at the expense of those who rest; the one with the sequence
+    /// `spared` goes only when nothing else is under way.
     fn make_room(&mut self, need: usize, spared: Option<i32>) -> bool {
-        let alone = self.slots.is_empty();
-        let entries = self.prefixes.entries().iter();
-        let evictable = self.pool.freed_by(
-            entries
-                .filter(|entry| Some(entry.sequence) != spared)
-                .map(|entry| &entry.cells),
-        );
-        if self.pool.free() + evictable < need && !alone {
-            return false;
+        let fits = |this: &Self| this.pool.free() >= need && !this.sequences.is_empty();
+        if !fits(self) {
+            self.put_away(spared);
         }
-        while self.pool.free() < need {
-            let others = self.prefixes.evict(spared, &mut self.pool);
-            let Some(sequence) = others.or_else(|| self.prefixes.evict(None, &mut self.pool)) else {
-                // Alone, with the whole context: what does not fit is cut when it gets there.
-                return alone;
-            };
-            self.llama.forget(sequence);
+        if !fits(self) && self.slots.is_empty() {
+            self.put_away(None);
+            // Alone, with the whole context: what does not fit is cut when it gets there.
+            return true;
         }
-        true
+        fits(self)
     }
 
-    /// Gives a new slot its beginning: from another sequence, or from the disk when that has more.
-    fn restore(&mut self, slot: &mut Slot, source: Option<Source>) {
-        let known = source.map_or(0, |source| source.count);
-        if self.restore_from_disk(slot, known) {
-            return;
-        }
-        let Some(source) = source else {
-            return;
-        };
-        if let Some(leader) = source.job {
-            slot.leader = Some((leader, source.count));
-            return;
-        }
-        self.take_over(slot, source.sequence, source.count);
-    }
-
-    fn take_over(&mut self, slot: &mut Slot, from: i32, count: usize) {
-        let cells = self
+    /// Gives a slot what is there of its tokens: in the context, in memory, on the disk; or lets it wait for one that
+    /// computes them.
+    fn resume(&mut self, slot: &mut Slot, source: Option<Source>) {
+        let most = slot.tokens.len() - 1;
+        let found = self
             .prefixes
-            .entries()
-            .iter()
-            .find(|entry| entry.sequence == from)
-            .map(|entry| &entry.cells)
-            .or_else(|| {
-                let slot = self.slots.iter().find(|slot| slot.sequence == from)?;
-                Some(&slot.cells)
-            });
-        // It may have been evicted to make room.
-        let Some(cells) = cells.filter(|cells| cells.len() >= count).cloned() else {
+            .find(slot.request.adapter.as_deref(), &slot.tokens[..most]);
+        let in_context = source.map_or(0, |source| source.count);
+        if self.restore_from_disk(slot, in_context.max(found.count)) {
             return;
-        };
-        self.prefixes.touch(from, count);
-        self.llama.copy(from, slot.sequence, count);
-        slot.cells = self.pool.share(&cells, count);
-        if slot.is_prefilling() {
-            slot.cached = slot.cached.max(count);
         }
+        match source {
+            Some(Source {
+                job: Some(leader),
+                count,
+                ..
+            }) if count > found.count + WORTH_WAITING => {
+                slot.leader = Some((leader, count));
+                return;
+            }
+            // Less than memory has is worth its cells only beside others, and never to a model that can share only whole
+            // sequences.
+            Some(Source {
+                job: None,
+                sequence,
+                count,
+            }) if count >= found.count || !self.slots.is_empty() && !self.llama.is_exact() => {
+                self.take_over(slot, sequence, count);
+            }
+            // Alone, cells in the order of their tokens: attention adds up in half precision, so that another order is
+            // another answer now and then.
+            _ if self.slots.is_empty() => self.put_away(None),
+            _ => {}
+        }
+        self.bring_back(slot, &found);
     }
 
     /// Followers take over when their leader has got there, and help themselves when it is gone.
@@ -208,12 +228,10 @@ impl Scheduler {
                     let from = slot.sequence;
                     self.with_slot(at, |this, slot| this.take_over(slot, from, count));
                 }
-                // Gone: what it has left as an entry may serve.
+                // Gone: what it has left may serve.
                 _ => self.with_slot(at, |this, slot| {
-                    let source = this.source(slot.request.adapter.as_deref(), &slot.tokens);
-                    if let Some(source) = source.filter(|source| source.job.is_none()) {
-                        this.take_over(slot, source.sequence, source.count);
-                    }
+                    let source = this.source(slot).filter(|source| source.job.is_none());
+                    this.resume(slot, source);
                 }),
             }
         }
@@ -227,19 +245,19 @@ impl Scheduler {
         self.slots.insert(at, slot);
     }
 
-    /// A slot that stands right at the end of its system messages makes an entry of them, where later it could not be
-    /// taken out of a longer sequence any more; and what many prompts begin with is written to the disk.
+    /// A slot that stands right at the end of its system messages is copied there, where later they could not be taken out
+    /// of a longer sequence any more; and what many prompts begin with is written to the disk.
     fn mark_beginnings(&mut self) {
         for at in 0..self.slots.len() {
             let slot = &self.slots[at];
             if self.llama.is_exact()
-                && slot.beginning >= LEAST_ENTRY
+                && slot.beginning >= SHORTEST
                 && slot.cells.len() == slot.beginning
                 && slot.is_prefilling()
             {
-                let (from, adapter) = (slot.sequence, slot.request.adapter.clone());
-                let (tokens, cells) = (slot.tokens[..slot.beginning].to_vec(), slot.cells.clone());
-                self.enter(from, adapter, &tokens, &cells);
+                let slot = self.slots.remove(at);
+                self.store_slot(&slot);
+                self.slots.insert(at, slot);
             }
         }
         self.write_to_disk();
@@ -263,15 +281,23 @@ impl Scheduler {
         let Some(disk) = &mut self.disk else {
             return false;
         };
-        match disk.load(&found, self.llama.context_mut(), slot.sequence) {
-            Ok(()) if self.pool.take(count, &mut slot.cells) => {
-                slot.cached = count;
-                return true;
+        match disk.load(&found) {
+            Ok(state)
+                if self
+                    .llama
+                    .restore(slot.sequence, &state, &(0..count), &(0..count)) =>
+            {
+                if self.pool.take(count, &mut slot.cells) {
+                    slot.took();
+                    return true;
+                }
+                self.llama.forget(slot.sequence);
             }
-            Ok(()) => {}
+            Ok(_) => {
+                tracing::debug!("llama.cpp does not take a beginning from the disk: it is computed again")
+            }
             Err(error) => tracing::warn!("{error}; it is computed again"),
         }
-        self.llama.forget(slot.sequence);
         false
     }
 
@@ -286,23 +312,20 @@ impl Scheduler {
             .filter(|slot| slot.cached > 0 && slot.is_prefilling())
         {
             let adapter = slot.request.adapter.as_deref();
-            let count = disk::worth_keeping(slot.beginning, slot.cached);
+            let (computed, count) = (slot.cells.len(), disk::worth_keeping(slot.beginning, slot.cached));
             let certain = count == slot.beginning;
-            if slot.cells.len() < count || !disk.wants(slot.job, adapter, &slot.tokens[..count], certain) {
+            if computed < count
+                || !disk.wants(slot.job, adapter, &slot.tokens[..count], certain)
+                || !self.llama.reaches_back(slot.sequence, computed, count)
+            {
                 continue;
             }
-            if !self.llama.reaches_back(slot.sequence, slot.cells.len(), count) {
-                continue;
+            if let Some(state) = self
+                .llama
+                .state(slot.sequence, computed, 0..count, disk.most_bytes())
+            {
+                disk.store(state, adapter, &slot.tokens[..count]);
             }
-            self.llama.forget(self.scratch);
-            self.llama.copy(slot.sequence, self.scratch, count);
-            disk.store(
-                self.llama.context_mut(),
-                self.scratch,
-                adapter,
-                &slot.tokens[..count],
-            );
-            self.llama.forget(self.scratch);
         }
     }
 }
