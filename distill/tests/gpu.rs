@@ -19,6 +19,7 @@ const MODELS: [&str; 4] = ["tiny-tied", "tiny-qwen2", "tiny-qwen3", "tiny-gemma3
 const TRAIN: Mode = Mode {
     gradient: true,
     dropout_seed: None,
+    base: false,
 };
 
 fn gpu(precision: Precision) -> Place {
@@ -111,6 +112,7 @@ fn step(model: &Model, name: &str) -> (f64, Vec<f32>) {
     let mode = Mode {
         gradient: true,
         dropout_seed: Some(7),
+        ..Mode::INFERENCE
     };
     let loss = learner
         .accumulate(&batch, mode, |hidden| {

@@ -99,6 +99,7 @@ fn numbers(model: &Model, recompute: bool) -> Numbers {
         let mode = Mode {
             gradient: true,
             dropout_seed: Some(step),
+            ..Mode::INFERENCE
         };
         let loss = learner
             .accumulate(&batch, mode, |hidden| {
