@@ -260,12 +260,19 @@ impl Job<'_> {
     }
 }
 
-/// The type that each tensor of a checkpoint gets, by its name there, with the weights of its columns for the kernel. It
-/// is what [`Plan`] has; a vocabulary is not needed for it.
-pub fn tensor_types<'a>(
-    model: &SourceModel,
-    recipe: &'a Recipe,
-) -> Result<Vec<(String, TensorType, Option<&'a [f32]>)>, ModelError> {
+/// What becomes of a tensor of a checkpoint.
+#[derive(Debug, Clone)]
+pub struct TypedTensor<'a> {
+    /// Its name in the checkpoint.
+    pub name: String,
+    /// Its type in the GGUF file.
+    pub kind: TensorType,
+    /// The weights of its columns, for the kernel.
+    pub importance: Option<&'a [f32]>,
+}
+
+/// The type that each tensor of a checkpoint gets. It is what [`Plan`] has; a vocabulary is not needed for it.
+pub fn tensor_types<'a>(model: &SourceModel, recipe: &'a Recipe) -> Result<Vec<TypedTensor<'a>>, ModelError> {
     let arch_error = |source| ModelError::Arch {
         path: model.path().to_path_buf(),
         source,
@@ -277,7 +284,11 @@ pub fn tensor_types<'a>(
     let sources = rules.into_iter().map(Source::Checkpoint).collect();
     let jobs = jobs(model, sources, recipe, &facts(arch.name, &keys))?;
     let types = jobs.into_iter().filter_map(|job| match job.source {
-        Source::Checkpoint(rule) => Some((rule.hf, job.choice.kind, job.importance)),
+        Source::Checkpoint(rule) => Some(TypedTensor {
+            name: rule.hf,
+            kind: job.choice.kind,
+            importance: job.importance,
+        }),
         Source::Extra { .. } => None,
     });
     Ok(types.collect())
