@@ -220,9 +220,7 @@ pub fn distil(
             progress.opd.window.add(&texts, cast.eos, measures.as_ref());
             seen.extend(texts);
         }
-        if let Some(through) = &mut cast.through {
-            through.take_off()?;
-        }
+        take_off(cast)?;
         let gradients = match at_once {
             true => None,
             false => Some(learner.gradients(sums.trained_tokens.max(1))?),
@@ -271,6 +269,7 @@ pub fn distil(
         if evaluates {
             let found = compare(cast, eval_tasks, train.sampling.batch_size)?;
             tell(Event::Evaluation(progress.global_step, found))?;
+            take_off(cast)?;
             let eval_loss = found.eval_loss();
             if !eval_loss.is_finite() {
                 return Err(not_finite("the divergence from the teacher", eval_loss).into());
@@ -297,18 +296,23 @@ pub fn distil(
         checkpoints.load_weights(&learner, best)?;
         eval_loss = progress.best_metric;
         divergence = Some(compare(cast, eval_tasks, train.sampling.batch_size)?);
+        take_off(cast)?;
     }
     Ok((progress.outcome(eval_loss, stopped_early), divergence))
 }
 
-/// How far the student is from its teacher, with the weights that it will be deployed with.
+/// How far the student is from its teacher, with the weights that it will be deployed with; it keeps them on.
 fn compare(cast: &mut Cast<'_>, tasks: &[Task], batch_size: usize) -> Result<Divergence, OpdError> {
     if let Some(through) = &mut cast.through {
         through.put_on()?;
     }
-    let found = divergence::measure(cast.student, cast.teacher, tasks, batch_size)?;
-    if let Some(through) = &mut cast.through {
-        through.take_off()?;
+    divergence::measure(cast.student, cast.teacher, tasks, batch_size)
+}
+
+/// The student has its own weights again, which can move and be saved.
+fn take_off(cast: &mut Cast<'_>) -> Result<(), OpdError> {
+    match &mut cast.through {
+        Some(through) => Ok(through.take_off()?),
+        None => Ok(()),
     }
-    Ok(found)
 }
