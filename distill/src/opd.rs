@@ -65,16 +65,34 @@ pub enum OpdError {
     Train(#[from] TrainError),
     /// The teacher gives no scores.
     #[error(transparent)]
-    Teacher(#[from] TeacherError),
+    Teacher(Box<TeacherError>),
     /// The teacher's scores are not enough for the loss.
     #[error(transparent)]
     Loss(#[from] LossError),
     /// The student cannot be quantised.
     #[error(transparent)]
-    Through(#[from] ThroughError),
+    Through(Box<ThroughError>),
     /// The student's GGUF file cannot be made or run.
     #[error(transparent)]
-    Deploy(#[from] DeployError),
+    Deploy(Box<DeployError>),
+}
+
+impl From<TeacherError> for OpdError {
+    fn from(error: TeacherError) -> Self {
+        Self::Teacher(Box::new(error))
+    }
+}
+
+impl From<ThroughError> for OpdError {
+    fn from(error: ThroughError) -> Self {
+        Self::Through(Box::new(error))
+    }
+}
+
+impl From<DeployError> for OpdError {
+    fn from(error: DeployError) -> Self {
+        Self::Deploy(Box::new(error))
+    }
 }
 
 impl From<candle_core::Error> for OpdError {

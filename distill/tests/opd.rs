@@ -458,7 +458,7 @@ fn answers_are_drawn_from_the_gguf_file_and_adapters_go_through_it() {
     on_one_thread("run-again");
     let adapter = |run: &str| fs::read(place.path(run).join("adapter_model.safetensors")).unwrap();
     assert!(adapter("run") == adapter("run-again"));
-    place.refused(
+    failed(
         1,
         "--through cannot be used with --use-dora",
         &opd(&place, "refused", &[&again[..], &["--use-dora"]].concat()),
