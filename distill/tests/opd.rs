@@ -4,6 +4,7 @@
 
 mod workplace;
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io::{BufRead as _, BufReader};
 use std::path::Path;
@@ -64,8 +65,12 @@ fn metrics(place: &Workplace, run: &str) -> Vec<Value> {
     lines.collect()
 }
 
-fn weights(place: &Workplace, run: &str) -> Vec<u8> {
-    fs::read(place.path(run).join("model.safetensors")).unwrap()
+/// The weights by their names, to the bit.
+fn weights(place: &Workplace, run: &str) -> BTreeMap<String, Vec<u8>> {
+    let bytes = fs::read(place.path(run).join("model.safetensors")).unwrap();
+    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let tensors = file.tensors().into_iter();
+    tensors.map(|(name, view)| (name, view.data().to_vec())).collect()
 }
 
 fn kl(summary: &Value) -> f64 {
@@ -336,15 +341,15 @@ fn what_cannot_work_is_refused_by_name() {
     let path = place.path("teacher/tokenizer.json");
     let tokenizer = fs::read_to_string(&path).unwrap();
     let swapped = tokenizer
-        .replace("\"w9\": 9,", "\"w9\": 8,")
-        .replacen("\"w8\": 8,", "\"w8\": 9,", 1);
+        .replace("\"w9\":9,", "\"w9\":8,")
+        .replacen("\"w8\":8,", "\"w8\":9,", 1);
     assert_ne!(tokenizer, swapped);
     fs::write(&path, swapped).unwrap();
     refused(1, "tokenizer", &[]);
     fs::write(&path, tokenizer).unwrap();
     let template = place.path("teacher/chat_template.jinja");
     let text = fs::read_to_string(&template).unwrap();
-    fs::write(&template, text.replace("'<bot> '", "'<bot> <bot> '")).unwrap();
+    fs::write(&template, text.replace("%}<bot> {%", "%}<bot> <user> {%")).unwrap();
     refused(1, "template", &[]);
 }
 
