@@ -119,11 +119,12 @@ fn llama_cpp_says_what_candle_says_of_the_same_file_however_it_is_read() {
         // The same again, from a second call, while the first one's rows are still there: the same bits.
         let second = full(teacher.score(&asked).unwrap());
         assert_eq!(read(second.as_ref(), labels), whole);
-        // In portions that end within texts, then a row in front of them: other batches round differently.
-        for portion in [7, 1] {
-            let kl = mean_kl(&whole, &read(logits.as_ref(), portion));
-            assert!(kl < 1e-3, "in portions of {portion}: {kl}");
-        }
+        // In portions that end within texts, then the first rows again: batches of another shape round differently.
+        let kl = mean_kl(&whole, &read(logits.as_ref(), 7));
+        assert!(kl < 1e-3, "in portions: {kl}");
+        let mut first = vec![0.0; 9 * VOCABULARY];
+        logits.read(0..9, &mut first).unwrap();
+        assert_eq!(first, whole[..first.len()]);
         let own = full(
             CheckpointTeacher::open(&file, None)
                 .unwrap()

@@ -260,19 +260,19 @@ impl Job<'_> {
     }
 }
 
-/// What becomes of a tensor of a checkpoint.
-#[derive(Debug, Clone)]
-pub struct TypedTensor<'a> {
-    /// Its name in the checkpoint.
+/// The type that a tensor gets.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ChosenType<'a> {
+    /// The name in the checkpoint.
     pub name: String,
-    /// Its type in the GGUF file.
+    /// The type.
     pub kind: TensorType,
-    /// The weights of its columns, for the kernel.
+    /// The weight of every column, for the kernel.
     pub importance: Option<&'a [f32]>,
 }
 
-/// The type that each tensor of a checkpoint gets. It is what [`Plan`] has; a vocabulary is not needed for it.
-pub fn tensor_types<'a>(model: &SourceModel, recipe: &'a Recipe) -> Result<Vec<TypedTensor<'a>>, ModelError> {
+/// The types that the tensors of a checkpoint get, as [`Plan`] has them; a vocabulary is not needed for it.
+pub fn tensor_types<'a>(model: &SourceModel, recipe: &'a Recipe) -> Result<Vec<ChosenType<'a>>, ModelError> {
     let arch_error = |source| ModelError::Arch {
         path: model.path().to_path_buf(),
         source,
@@ -284,7 +284,7 @@ pub fn tensor_types<'a>(model: &SourceModel, recipe: &'a Recipe) -> Result<Vec<T
     let sources = rules.into_iter().map(Source::Checkpoint).collect();
     let jobs = jobs(model, sources, recipe, &facts(arch.name, &keys))?;
     let types = jobs.into_iter().filter_map(|job| match job.source {
-        Source::Checkpoint(rule) => Some(TypedTensor {
+        Source::Checkpoint(rule) => Some(ChosenType {
             name: rule.hf,
             kind: job.choice.kind,
             importance: job.importance,

@@ -488,12 +488,15 @@ mod tests {
         let (mut counted, cases_count) = (asked.get(), cases.len());
         for bytes in cases {
             std::fs::write(&path, &bytes).unwrap();
+            let before = cached.counts().damaged;
             assert_eq!(top(&mut cached, &[LONG, SHORT]), right);
-            counted += 1;
-            assert!(asked.get() <= counted);
-            assert_eq!(std::fs::read(&path).unwrap(), whole, "it is written anew");
+            counted += cached.counts().damaged - before;
+            assert_eq!(asked.get(), counted, "the other sequence is not asked about");
+            if cached.counts().damaged > before {
+                assert_eq!(std::fs::read(&path).unwrap(), whole, "it is written anew");
+            }
         }
-        // A flipped bit in what Zstandard does not look at may go unseen, and change nothing.
+        // A flipped bit in what Zstandard does not look at changes nothing.
         assert!(
             cached.counts().damaged >= cases_count - 4,
             "{:?}",
