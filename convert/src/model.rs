@@ -14,7 +14,7 @@ mod stream;
 
 use std::path::PathBuf;
 
-pub use plan::{Plan, PlannedTensor, tensor_types};
+pub use plan::{ChosenType, Plan, PlannedTensor, tensor_types};
 pub use provenance::Provenance;
 pub use source::SourceModel;
 

@@ -130,7 +130,7 @@ impl Cli {
             Command::Plan(args) => plan::run(*args, output),
             Command::Eval(args) => eval::run(&args, output),
             Command::Shrink(args) => shrink::run(&args, output),
-            Command::Generate(args) => generate::run(args, output),
+            Command::Generate(args) => generate::run(&args, output),
             Command::Report(args) => report::run(&args, output),
         };
         let Err(error) = result else {

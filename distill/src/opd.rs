@@ -65,16 +65,34 @@ pub enum OpdError {
     Train(#[from] TrainError),
     /// The teacher gives no scores.
     #[error(transparent)]
-    Teacher(#[from] TeacherError),
+    Teacher(Box<TeacherError>),
     /// The teacher's scores are not enough for the loss.
     #[error(transparent)]
     Loss(#[from] LossError),
     /// The student cannot be quantised.
     #[error(transparent)]
-    Through(#[from] ThroughError),
+    Through(Box<ThroughError>),
     /// The student's GGUF file cannot be made or run.
     #[error(transparent)]
-    Deploy(#[from] DeployError),
+    Deploy(Box<DeployError>),
+}
+
+impl From<TeacherError> for OpdError {
+    fn from(error: TeacherError) -> Self {
+        Self::Teacher(Box::new(error))
+    }
+}
+
+impl From<ThroughError> for OpdError {
+    fn from(error: ThroughError) -> Self {
+        Self::Through(Box::new(error))
+    }
+}
+
+impl From<DeployError> for OpdError {
+    fn from(error: DeployError) -> Self {
+        Self::Deploy(Box::new(error))
+    }
 }
 
 impl From<candle_core::Error> for OpdError {
@@ -220,9 +238,7 @@ pub fn distil(
             progress.opd.window.add(&texts, cast.eos, measures.as_ref());
             seen.extend(texts);
         }
-        if let Some(through) = &mut cast.through {
-            through.take_off()?;
-        }
+        take_off(cast)?;
         let gradients = match at_once {
             true => None,
             false => Some(learner.gradients(sums.trained_tokens.max(1))?),
@@ -271,6 +287,7 @@ pub fn distil(
         if evaluates {
             let found = compare(cast, eval_tasks, train.sampling.batch_size)?;
             tell(Event::Evaluation(progress.global_step, found))?;
+            take_off(cast)?;
             let eval_loss = found.eval_loss();
             if !eval_loss.is_finite() {
                 return Err(not_finite("the divergence from the teacher", eval_loss).into());
@@ -297,18 +314,23 @@ pub fn distil(
         checkpoints.load_weights(&learner, best)?;
         eval_loss = progress.best_metric;
         divergence = Some(compare(cast, eval_tasks, train.sampling.batch_size)?);
+        take_off(cast)?;
     }
     Ok((progress.outcome(eval_loss, stopped_early), divergence))
 }
 
-/// How far the student is from its teacher, with the weights that it will be deployed with.
+/// How far the student is from its teacher, with the weights that it will be deployed with; it keeps them on.
 fn compare(cast: &mut Cast<'_>, tasks: &[Task], batch_size: usize) -> Result<Divergence, OpdError> {
     if let Some(through) = &mut cast.through {
         through.put_on()?;
     }
-    let found = divergence::measure(cast.student, cast.teacher, tasks, batch_size)?;
-    if let Some(through) = &mut cast.through {
-        through.take_off()?;
+    divergence::measure(cast.student, cast.teacher, tasks, batch_size)
+}
+
+/// The student has its own weights again, which can move and be saved.
+fn take_off(cast: &mut Cast<'_>) -> Result<(), OpdError> {
+    match &mut cast.through {
+        Some(through) => Ok(through.take_off()?),
+        None => Ok(()),
     }
-    Ok(found)
 }

@@ -132,8 +132,12 @@ fn a_student_comes_near_its_teacher() {
 
 #[test]
 fn an_adapter_learns_from_the_drawn_tokens_only() {
-    let place = taught();
+    let place = convertible();
+    // A student that knows something already: what it draws is not all noise.
+    succeeded(&place.sft("half", &["--method", "full", "--max-steps", "20"]));
     let more = [
+        "--student",
+        "half",
         "--method",
         "lora",
         "--loss",
@@ -141,23 +145,23 @@ fn an_adapter_learns_from_the_drawn_tokens_only() {
         "--on-policy-fraction",
         "1",
         "--num-generations",
-        "4",
+        "8",
         "--learning-rate",
         "1e-2",
         "--max-steps",
         "60",
         "--max-new-tokens",
-        "5",
+        "6",
     ];
     succeeded(&opd(&place, "run", &[&EVAL[..], &more].concat()));
     assert!(place.path("run/adapter_model.safetensors").is_file());
-    let lines = metrics(&place, "run");
     // What the gradient of a policy makes smaller is the reverse KL on its own answers, which every step estimates.
+    let lines = metrics(&place, "run");
     let sampled: Vec<f64> = lines
         .iter()
         .filter_map(|line| line["sampled_kl"].as_f64())
         .collect();
-    assert!(sampled[sampled.len() - 1] < 0.7 * sampled[0], "{sampled:?}");
+    assert!(sampled[sampled.len() - 1] < 0.75 * sampled[0], "{sampled:?}");
 }
 
 #[test]
@@ -436,7 +440,13 @@ fn answers_are_drawn_from_the_gguf_file_and_adapters_go_through_it() {
         "--learning-rate",
         "1e-2",
     ];
-    succeeded(&opd(&place, "run", &[&EVAL[..], &more].concat()));
+    let again = [&EVAL[..], &more].concat();
+    // llama.cpp's threads wait by spinning: on a machine that has other work too, one is faster than several.
+    let on_one_thread = |run: &str| {
+        let mut command = place.command(&args(run, &again));
+        succeeded(&command.env("RAYON_NUM_THREADS", "1").output().unwrap());
+    };
+    on_one_thread("run");
     let found = summary(&place, "run");
     let gap = (found["gguf"]["forward_kl"].as_f64().unwrap() - kl(&found)).abs() / kl(&found);
     assert!(gap < 0.05, "{gap}");
@@ -445,11 +455,10 @@ fn answers_are_drawn_from_the_gguf_file_and_adapters_go_through_it() {
             .iter()
             .any(|line| line["answer_tokens"].as_f64() > Some(0.0))
     );
-    let again = [&EVAL[..], &more].concat();
-    succeeded(&opd(&place, "run-again", &again));
+    on_one_thread("run-again");
     let adapter = |run: &str| fs::read(place.path(run).join("adapter_model.safetensors")).unwrap();
     assert!(adapter("run") == adapter("run-again"));
-    place.refused(
+    failed(
         1,
         "--through cannot be used with --use-dora",
         &opd(&place, "refused", &[&again[..], &["--use-dora"]].concat()),

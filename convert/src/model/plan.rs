@@ -260,12 +260,19 @@ impl Job<'_> {
     }
 }
 
-/// The type that each tensor of a checkpoint gets, by its name there, with the weights of its columns for the kernel. It
-/// is what [`Plan`] has; a vocabulary is not needed for it.
-pub fn tensor_types<'a>(
-    model: &SourceModel,
-    recipe: &'a Recipe,
-) -> Result<Vec<(String, TensorType, Option<&'a [f32]>)>, ModelError> {
+/// The type that a tensor gets.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ChosenType<'a> {
+    /// The name in the checkpoint.
+    pub name: String,
+    /// The type.
+    pub kind: TensorType,
+    /// The weight of every column, for the kernel.
+    pub importance: Option<&'a [f32]>,
+}
+
+/// The types that the tensors of a checkpoint get, as [`Plan`] has them; a vocabulary is not needed for it.
+pub fn tensor_types<'a>(model: &SourceModel, recipe: &'a Recipe) -> Result<Vec<ChosenType<'a>>, ModelError> {
     let arch_error = |source| ModelError::Arch {
         path: model.path().to_path_buf(),
         source,
@@ -277,7 +284,11 @@ pub fn tensor_types<'a>(
     let sources = rules.into_iter().map(Source::Checkpoint).collect();
     let jobs = jobs(model, sources, recipe, &facts(arch.name, &keys))?;
     let types = jobs.into_iter().filter_map(|job| match job.source {
-        Source::Checkpoint(rule) => Some((rule.hf, job.choice.kind, job.importance)),
+        Source::Checkpoint(rule) => Some(ChosenType {
+            name: rule.hf,
+            kind: job.choice.kind,
+            importance: job.importance,
+        }),
         Source::Extra { .. } => None,
     });
     Ok(types.collect())

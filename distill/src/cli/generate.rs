@@ -77,13 +77,13 @@ pub struct Args {
 }
 
 /// Runs the subcommand.
-pub fn run(args: Args, output: Output) -> anyhow::Result<()> {
-    check(&args)?;
+pub fn run(args: &Args, output: Output) -> anyhow::Result<()> {
+    check(args)?;
     let stop = Arc::new(AtomicBool::new(false));
     let on_signal = stop.clone();
     ctrlc::set_handler(move || on_signal.store(true, Ordering::Relaxed))
         .context("cannot watch for Ctrl-C")?;
-    with_deep_stack(|| generate(&args, output, &stop)).context("cannot start a thread")?
+    with_deep_stack(|| generate(args, output, &stop)).context("cannot start a thread")?
 }
 
 fn check(args: &Args) -> anyhow::Result<()> {

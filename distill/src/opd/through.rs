@@ -112,9 +112,12 @@ impl Through {
     /// without an adapter are rounded at once.
     pub fn new(model: &mut Model, source: &SourceModel, recipe: &Recipe) -> Result<Self, ThroughError> {
         let mut roundings = BTreeMap::new();
-        for (name, kind, importance) in tensor_types(source, recipe)? {
-            let importance = importance.map(<[f32]>::to_vec);
-            roundings.insert(name, Rounding { kind, importance });
+        for chosen in tensor_types(source, recipe)? {
+            let rounding = Rounding {
+                kind: chosen.kind,
+                importance: chosen.importance.map(<[f32]>::to_vec),
+            };
+            roundings.insert(chosen.name, rounding);
         }
         check_adapters(model)?;
         let mut matrices = Vec::new();

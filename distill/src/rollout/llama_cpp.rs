@@ -59,8 +59,9 @@ impl<'m> LlamaCpp<'m> {
     /// Room for `width` sequences of at most `longest` tokens each.
     pub fn new(model: &'m LlamaModel, longest: usize, width: usize) -> Result<Self, DecodeError> {
         let number = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
-        let threads = std::thread::available_parallelism().map_or(1, usize::from);
-        let threads = i32::try_from(threads).unwrap_or(1);
+        // As many as our own operations use: llama.cpp's wait for each other by spinning, and slow down where they are more
+        // than the cores.
+        let threads = i32::try_from(rayon::current_num_threads()).unwrap_or(1);
         let params = LlamaContextParams::default()
             .with_n_ctx(NonZeroU32::new(number(longest.saturating_mul(width))))
             .with_n_batch(number(BATCH.max(width)))
