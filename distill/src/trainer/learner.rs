@@ -9,7 +9,7 @@ use super::TrainError;
 use super::backward::{Way, backward};
 use crate::batch::Batch;
 use crate::model::{Mode, Model};
-use crate::optimizer::{AdamW, AdamWOptions, clip_factor, global_norm, square_sum};
+use crate::optimizer::{AdamW, AdamWOptions, add_to, clip_factor, global_norm, square_sum};
 
 /// How the weights move, spelled as transformers' `TrainingArguments` spells it.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -247,7 +247,7 @@ pub struct Stepped {
 
 fn add(sum: &mut Option<Tensor>, more: Option<Tensor>) -> Result<()> {
     *sum = match (sum.take(), more) {
-        (Some(sum), Some(more)) => Some((sum + more)?),
+        (Some(sum), Some(more)) => Some(add_to(sum, more)?),
         (sum, more) => sum.or(more),
     };
     Ok(())

@@ -272,7 +272,7 @@ fn largest<T: Real>(x: &[T], k: usize) -> Vec<u32> {
 
 fn check_top(top: &TopK) -> Result<()> {
     let length = top.ids.len();
-    if top.k == 0 || length % top.k != 0 || length != top.logprobs.len() {
+    if top.k == 0 || !length.is_multiple_of(top.k) || length != top.logprobs.len() {
         let numbers = top.logprobs.len();
         candle_core::bail!(
             "{OP}: {length} tokens with {numbers} probabilities, {} a row",
