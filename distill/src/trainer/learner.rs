@@ -11,7 +11,7 @@ use super::loss_scale::LossScale;
 use crate::batch::Batch;
 use crate::device::Precision;
 use crate::model::{Mode, Model};
-use crate::optimizer::{AdamW, AdamWOptions, clip_factor, global_norm, square_sum};
+use crate::optimizer::{AdamW, AdamWOptions, add_to, clip_factor, global_norm, square_sum};
 
 /// How the weights move, spelled as transformers' `TrainingArguments` spells it.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -286,7 +286,7 @@ pub struct Stepped {
 
 fn add(sum: &mut Option<Tensor>, more: Option<Tensor>) -> Result<()> {
     *sum = match (sum.take(), more) {
-        (Some(sum), Some(more)) => Some((sum + more)?),
+        (Some(sum), Some(more)) => Some(add_to(sum, more)?),
         (sum, more) => sum.or(more),
     };
     Ok(())

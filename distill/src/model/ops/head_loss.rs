@@ -35,13 +35,21 @@ pub(crate) trait Criterion: Send + Sync + 'static {
 }
 
 impl Targets {
-    /// The chunks, each with the place of its first target.
+    /// The chunks, each with the place of its first target. A single row is not left for itself: its product takes
+    /// another way through the kernels, on which a matrix in tiles does not give the bits of a whole one.
     pub(super) fn chunks(&self) -> impl Iterator<Item = (usize, &[(usize, u32)])> {
-        let chunk = self.chunk.max(1);
-        self.rows
-            .chunks(chunk)
-            .enumerate()
-            .map(move |(i, rows)| (i * chunk, rows))
+        let mut first = 0;
+        std::iter::from_fn(move || {
+            let rest = self.rows.len() - first;
+            let chunk = self.chunk.max(1);
+            let count = match rest == chunk + 1 && chunk > 1 {
+                true => rest,
+                false => chunk.min(rest),
+            };
+            let at = first;
+            first += count;
+            (count > 0).then(|| (at, &self.rows[at..first]))
+        })
     }
 
     /// Refuses targets that leave the hidden states or the vocabulary.
