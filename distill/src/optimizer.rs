@@ -307,9 +307,8 @@ pub(crate) fn square_sum(gradient: &Tensor) -> Result<f64> {
 
 /// The sum of two gradients, in the memory of the first where that is possible: an embedding's is a hundred megabytes.
 pub(crate) fn add_to(sum: Tensor, more: Tensor) -> Result<Tensor> {
-    let plain = |tensor: &Tensor| {
-        tensor.device().is_cpu() && tensor.dtype() == DType::F32 && tensor.is_contiguous()
-    };
+    let plain =
+        |tensor: &Tensor| tensor.device().is_cpu() && tensor.dtype() == DType::F32 && tensor.is_contiguous();
     if !(plain(&sum) && plain(&more) && sum.dims() == more.dims()) {
         return sum + more;
     }
