@@ -6,7 +6,7 @@
 //!
 //! A beginning is a chain of parts, and a part is the KV of some tokens that follow those of its parent: what many prompts
 //! begin with is there once, with each prompt's own tail behind it. Parts end where prompts were seen to part, where
-//! system messages end, and at the latest after [`LONGEST`] tokens. [`disk`] keeps those that are asked for again and
+//! system messages end, and at the latest after 256 tokens. [`disk`] keeps those that are asked for again and
 //! again over a restart.
 
 use std::collections::HashSet;
