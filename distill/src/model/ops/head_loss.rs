@@ -35,21 +35,11 @@ pub(crate) trait Criterion: Send + Sync + 'static {
 }
 
 impl Targets {
-    /// The chunks, each with the place of its first target. A single row is not left for itself: its product takes
-    /// another way through the kernels, on which a matrix in tiles does not give the bits of a whole one.
+    /// The chunks, each with the place of its first target.
     pub(super) fn chunks(&self) -> impl Iterator<Item = (usize, &[(usize, u32)])> {
-        let mut first = 0;
-        std::iter::from_fn(move || {
-            let rest = self.rows.len() - first;
-            let chunk = self.chunk.max(1);
-            let count = match rest == chunk + 1 && chunk > 1 {
-                true => rest,
-                false => chunk.min(rest),
-            };
-            let at = first;
-            first += count;
-            (count > 0).then(|| (at, &self.rows[at..first]))
-        })
+        let chunk = self.chunk.max(1);
+        let chunks = self.rows.chunks(chunk).enumerate();
+        chunks.map(move |(i, rows)| (i * chunk, rows))
     }
 
     /// Refuses targets that leave the hidden states or the vocabulary.
