@@ -5,6 +5,7 @@ pub mod eval;
 pub mod generate;
 mod log;
 pub mod opd;
+mod opened;
 pub mod options;
 pub mod plan;
 pub mod report;
@@ -17,11 +18,15 @@ pub mod shrink;
 use std::io::IsTerminal as _;
 use std::path::Path;
 use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
+use anyhow::Context as _;
 use clap::{Parser, Subcommand};
 
 use crate::data::DataReport;
 use crate::device::{DeviceError, Place, Precision};
+use crate::trainer::with_deep_stack;
 
 /// Fine-tunes small language models on this machine.
 #[derive(Debug, Parser)]
@@ -91,6 +96,24 @@ impl Output {
             }
         }
     }
+
+    /// Says on standard error which settings make a run that goes on another one.
+    fn changed(self, changes: &[String]) {
+        if !self.quiet {
+            for change in changes {
+                eprintln!("warning: {change}: the result is not that of a run without a stop");
+            }
+        }
+    }
+}
+
+/// Runs `work` on a thread with a deep stack, see [`with_deep_stack`]. Ctrl-C raises the flag that it gets.
+fn interruptible(work: impl FnOnce(&AtomicBool) -> anyhow::Result<()> + Send) -> anyhow::Result<()> {
+    let stop = Arc::new(AtomicBool::new(false));
+    let on_signal = stop.clone();
+    ctrlc::set_handler(move || on_signal.store(true, Ordering::Relaxed))
+        .context("cannot watch for Ctrl-C")?;
+    with_deep_stack(|| work(&stop)).context("cannot start a thread")?
 }
 
 /// Opens `--device` to compute as `--bf16` and `--fp16` say.

@@ -3,7 +3,6 @@
 use std::collections::HashMap;
 use std::io::Write as _;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::Context as _;
@@ -11,13 +10,12 @@ use pipit_convert::output::OutputFile;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
-use super::{Output, UsageError};
+use super::{Output, UsageError, interruptible};
 use crate::adapter::Adapter;
 use crate::data::{DataReport, Encoder, Prompt, Row, Sample, read_rows};
 use crate::evaluate::{Answer, Figures, Score, Table, answers, loss_sum};
 use crate::model::{Keep, Model};
 use crate::rollout::Stop;
-use crate::trainer::with_deep_stack;
 
 const BAR: &str = "{msg} {wide_bar} {pos}/{len} {elapsed}, {eta} to go";
 
@@ -86,11 +84,7 @@ pub fn run(args: &Args, output: Output) -> anyhow::Result<()> {
             "--load-in-4bit needs a checkpoint folder as --model: a GGUF file has its own blocks".into()
         ));
     }
-    let stop = Arc::new(AtomicBool::new(false));
-    let on_signal = stop.clone();
-    ctrlc::set_handler(move || on_signal.store(true, Ordering::Relaxed))
-        .context("cannot watch for Ctrl-C")?;
-    with_deep_stack(|| evaluate(args, output, &stop)).context("cannot start a thread")?
+    interruptible(|stop| evaluate(args, output, stop))
 }
 
 fn evaluate(args: &Args, output: Output, stop: &AtomicBool) -> anyhow::Result<()> {

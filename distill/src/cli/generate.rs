@@ -1,18 +1,16 @@
 //! `pipit-distill generate`: a teacher's answers as rows to train on.
 
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::Context as _;
 use pipit_convert::checksum;
 use serde_json::json;
 
-use super::{Output, UsageError};
+use super::{Output, UsageError, interruptible};
 use crate::data::{DataReport, Row, Rows, read_prompts};
 use crate::generate::{GenerateError, Journal, Outcome, Place, Settings, open, outcome};
 use crate::teacher::served::{ServedOptions, api_key_from_environment};
-use crate::trainer::with_deep_stack;
 
 const BAR: &str = "{msg} {wide_bar} {pos}/{len} {elapsed}, {eta} to go";
 /// Rows between two writes are so many times those that are answered at once: a run that is killed loses no more.
@@ -79,11 +77,7 @@ pub struct Args {
 /// Runs the subcommand.
 pub fn run(args: &Args, output: Output) -> anyhow::Result<()> {
     check(args)?;
-    let stop = Arc::new(AtomicBool::new(false));
-    let on_signal = stop.clone();
-    ctrlc::set_handler(move || on_signal.store(true, Ordering::Relaxed))
-        .context("cannot watch for Ctrl-C")?;
-    with_deep_stack(|| generate(args, output, &stop)).context("cannot start a thread")?
+    interruptible(|stop| generate(args, output, stop))
 }
 
 fn check(args: &Args) -> anyhow::Result<()> {

@@ -5,15 +5,13 @@ mod prepare;
 mod teacher;
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 
 use anyhow::Context as _;
 use prepare::{Prepared, prepare};
 use serde::Serialize;
 use serde_json::Value;
 
-use super::Output;
 use super::log::RunLog;
 use super::options::{OpdGiven, OpdSettings, RolloutSource};
 use super::plan;
@@ -21,14 +19,14 @@ use super::resume::Resume;
 use super::run::{RunDir, refuse_existing};
 use super::sft::{Summary, check_space, done};
 use super::show::Show;
+use super::{Output, interruptible};
 use crate::card::Card;
-use crate::export::save_checkpoint;
 use crate::opd::deployed::Deployed;
 use crate::opd::draft::Draft;
 use crate::opd::{Cast, Divergence, Event, OpdError, Source, distil, preflight};
 use crate::plan::Plan;
 use crate::trainer::checkpoint::Cause;
-use crate::trainer::{Checkpoints, Outcome, TrainError, with_deep_stack};
+use crate::trainer::{Checkpoints, Outcome, TrainError};
 
 /// Distil a teacher into a student, on the student's own answers
 #[derive(Debug, clap::Args)]
@@ -100,11 +98,7 @@ impl Args {
         };
         let resume = Resume::find(run)?;
         let (settings, changes) = resume.opd_settings(given)?;
-        if !output.quiet {
-            for change in changes {
-                eprintln!("warning: {change}: the result is not that of a run without a stop");
-            }
-        }
+        output.changed(&changes);
         Ok(Asked {
             settings,
             resume: Some(resume),
@@ -118,15 +112,12 @@ pub fn run(args: Args, output: Output) -> anyhow::Result<()> {
     let asked = args.resolve(output)?;
     asked.settings.check()?;
     asked.settings.training.check_output()?;
-    let stop = Arc::new(AtomicBool::new(false));
-    let on_signal = stop.clone();
-    ctrlc::set_handler(move || on_signal.store(true, Ordering::Relaxed))
-        .context("cannot watch for Ctrl-C")?;
-    let work = || match asked.settings.distillation.controls && asked.resume.is_none() {
-        true => controls::run(&asked.settings, asked.method_is_given, output, &stop),
-        false => opd(asked, output, &stop),
-    };
-    with_deep_stack(work).context("cannot start a thread")?
+    interruptible(
+        |stop| match asked.settings.distillation.controls && asked.resume.is_none() {
+            true => controls::run(&asked.settings, asked.method_is_given, output, stop),
+            false => opd(asked, output, stop),
+        },
+    )
 }
 
 /// What a run would train, and what memory it would take; opens what it would open, and writes nothing.
@@ -172,12 +163,7 @@ fn opd(asked: Asked, output: Output, stop: &AtomicBool) -> anyhow::Result<()> {
         eprint!("{}", plan.text());
         eprintln!("teacher   {}", teacher.teacher.name());
     }
-    let export = |dir: &Path| -> Result<(), Cause> {
-        match &prepared.student.adapter {
-            Some(adapter) => adapter.save(&prepared.student.model, dir).map_err(Into::into),
-            None => save_checkpoint(&prepared.student.model, &config.model, dir).map_err(Into::into),
-        }
-    };
+    let export = |dir: &Path| prepared.student.export(&config.model, dir);
     let deployed = prepared.recipe.as_ref().map(|recipe| Deployed {
         base: prepared.student.adapter.as_ref().map(|_| config.model.as_path()),
         export: &export,
@@ -196,16 +182,7 @@ fn opd(asked: Asked, output: Output, stop: &AtomicBool) -> anyhow::Result<()> {
     };
     preflight::check(&mut cast, &prepared.tasks, &options)?;
     let text = toml::to_string(&settings.resolved()?)?;
-    let run = match &resume {
-        Some(resume) => {
-            if !output.quiet {
-                let checkpoint = resume.checkpoint.display();
-                eprintln!("going on after step {} of {checkpoint}", resume.step);
-            }
-            RunDir::resume(&config.output_dir, &text)?
-        }
-        None => RunDir::create(&config.output_dir, &text)?,
-    };
+    let run = RunDir::open(&config.output_dir, &text, resume.as_ref(), output)?;
     let job = Job {
         settings,
         text: &text,
@@ -217,11 +194,7 @@ fn opd(asked: Asked, output: Output, stop: &AtomicBool) -> anyhow::Result<()> {
         export: &export,
     };
     let done = job.distil_and_save(cast, &options, resume, output, stop, &run);
-    if done.is_err() {
-        run.leave()
-            .with_context(|| format!("cannot tidy {} up", config.output_dir.display()))?;
-    }
-    done
+    run.end(done)
 }
 
 /// A run that is ready to start.
@@ -250,11 +223,7 @@ impl Job<'_> {
     ) -> anyhow::Result<()> {
         let (config, prepared) = (&self.settings.training, self.prepared);
         let cannot = || format!("cannot write {}", config.output_dir.display());
-        let name = config
-            .output_dir
-            .file_name()
-            .unwrap_or_default()
-            .to_string_lossy();
+        let name = run.name();
         let before = resume.as_ref().map_or(0, |resume| resume.step);
         let mut log = RunLog::start(run.path(), &name, self.plan, before).with_context(cannot)?;
         let checkpoints = Checkpoints {
@@ -277,7 +246,8 @@ impl Job<'_> {
             }
             Event::Evaluation(step, divergence) => {
                 show.say(&format!("step {step}  {}", in_words(&divergence)));
-                let answers = prepared.answers().map_err(std::io::Error::other)?;
+                let answers = prepared.student.answers(&prepared.prompts);
+                let answers = answers.map_err(std::io::Error::other)?;
                 log.evaluation(step, &figures(&divergence)?, &answers)
             }
             Event::Saved(step) => {

@@ -267,7 +267,7 @@ fn measure(
     work: &Work,
     steps: usize,
 ) -> anyhow::Result<Measured> {
-    let (model, stop) = (&prepared.model, AtomicBool::new(false));
+    let (model, stop) = (&prepared.opened.model, AtomicBool::new(false));
     let tokens = |pass: &Vec<usize>| pass.iter().map(|i| prepared.samples[*i].ids.len()).sum::<usize>();
     let largest = plan_steps(prepared.lengths(), options)
         .find(|passes| passes.iter().any(|pass| tokens(pass) == work.largest_pass_tokens))

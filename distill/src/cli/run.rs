@@ -1,6 +1,7 @@
 //! The folder of a run. It stands under its name from the start, with the checkpoints to go on from in it;
 //! `summary.json` comes last, so that a folder that has one is whole.
 
+use std::borrow::Cow;
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -9,6 +10,8 @@ use anyhow::Context as _;
 use pipit_convert::output::{OutputDir, write_file};
 use serde_json::json;
 
+use super::Output;
+use super::resume::Resume;
 use crate::data::Sample;
 use crate::trainer::{TrainError, checkpoint};
 
@@ -70,8 +73,25 @@ pub(super) struct RunDir {
 }
 
 impl RunDir {
+    /// Starts the folder, or goes on with that of the run that is resumed.
+    pub(super) fn open(
+        path: &Path,
+        settings: &str,
+        resume: Option<&Resume>,
+        output: Output,
+    ) -> anyhow::Result<Self> {
+        let Some(resume) = resume else {
+            return Self::create(path, settings);
+        };
+        if !output.quiet {
+            let checkpoint = resume.checkpoint.display();
+            eprintln!("going on after step {} of {checkpoint}", resume.step);
+        }
+        Self::resume(path, settings)
+    }
+
     /// Starts the folder. What an earlier run has left that came to no checkpoint is removed.
-    pub(super) fn create(path: &Path, settings: &str) -> anyhow::Result<Self> {
+    fn create(path: &Path, settings: &str) -> anyhow::Result<Self> {
         let cannot = || format!("cannot make {}", path.display());
         match std::fs::create_dir(path) {
             Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
@@ -83,7 +103,7 @@ impl RunDir {
     }
 
     /// Goes on with a folder.
-    pub(super) fn resume(path: &Path, settings: &str) -> anyhow::Result<Self> {
+    fn resume(path: &Path, settings: &str) -> anyhow::Result<Self> {
         let lock = lock(path)?;
         Self::start(path, lock, settings, &[BAD_BATCH])
             .with_context(|| format!("cannot go on in {}", path.display()))
@@ -101,6 +121,11 @@ impl RunDir {
     /// The folder.
     pub(super) fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// What the run is called.
+    pub(super) fn name(&self) -> Cow<'_, str> {
+        self.path.file_name().unwrap_or_default().to_string_lossy()
     }
 
     /// Says what a run that stopped has left, and how to go on. The batch that broke the numbers is written down, to look
@@ -156,8 +181,17 @@ impl RunDir {
         Ok(File::open(&self.path)?.sync_all()?)
     }
 
+    /// Hands on what the run came to, and tidies up after an error.
+    pub(super) fn end(self, done: anyhow::Result<()>) -> anyhow::Result<()> {
+        if done.is_err() {
+            let cannot = format!("cannot tidy {} up", self.path.display());
+            self.leave().context(cannot)?;
+        }
+        done
+    }
+
     /// Removes the folder after an error, unless there is something in it to look at or to go on from.
-    pub(super) fn leave(self) -> io::Result<()> {
+    fn leave(self) -> io::Result<()> {
         let bad = self.path.join(BAD_BATCH).exists();
         if bad || !checkpoint::list(&self.path)?.is_empty() {
             return Ok(());

@@ -1,40 +1,31 @@
 //! `pipit-distill sft`: supervised fine-tuning, loss on the answers only.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 
 use anyhow::Context as _;
 use serde::Serialize;
 use serde_json::json;
 
 use super::log::RunLog;
+use super::opened::Opened;
 use super::options::{Method, SftConfig, SftOptions, read_toml};
 use super::plan::{self, Facts};
 use super::resume::Resume;
 use super::run::{RunDir, refuse_existing};
 use super::show::Show;
-use super::{Output, UsageError, adapter};
-use crate::adapter::Adapter;
+use super::{Output, interruptible};
 use crate::card::{Base, Card};
 use crate::data::{DataReport, Encoder, Prompt, Rows, Sample, read_rows};
-use crate::evaluate::{Answer, answers};
-use crate::export::save_checkpoint;
 use crate::memory;
-use crate::model::{Keep, Model};
 use crate::optimizer::AdamWOptions;
 use crate::plan::{DataFile, Plan};
-use crate::rollout::Stop;
 use crate::trainer::{
     Checkpoints, Event, LearnerOptions, Outcome, Sampler, Sampling, TrainError, TrainOptions, When, train,
-    with_deep_stack,
 };
 
 /// Rows of the output layer at a time: 25 MB of logits for a vocabulary of 49,152.
 pub(super) const LOSS_CHUNK: usize = 128;
-/// Answers in samples.jsonl, and their length.
-pub(super) const SAMPLES: usize = 8;
-pub(super) const SAMPLE_TOKENS: usize = 128;
 
 /// Fine-tune a checkpoint on rows, loss on the answers only
 #[derive(Debug, clap::Args)]
@@ -95,9 +86,7 @@ impl<'a> Summary<'a> {
 
 /// Everything that is read before training starts.
 pub(super) struct Prepared {
-    pub(super) model: Model,
-    adapter: Option<Adapter>,
-    encoder: Encoder,
+    pub(super) opened: Opened,
     pub(super) samples: Vec<Sample>,
     pub(super) report: DataReport,
     eval_samples: Vec<Sample>,
@@ -146,11 +135,7 @@ impl Args {
         };
         let resume = Resume::find(run)?;
         let (config, changes) = resume.settings(given)?;
-        if !output.quiet {
-            for change in changes {
-                eprintln!("warning: {change}: the result is not that of a run without a stop");
-            }
-        }
+        output.changed(&changes);
         Ok(Asked {
             config,
             resume: Some(resume),
@@ -168,12 +153,7 @@ pub fn run(args: Args, output: Output) -> anyhow::Result<()> {
     } = args.resolve(output)?;
     config.check()?;
     config.check_output()?;
-    let stop = Arc::new(AtomicBool::new(false));
-    let on_signal = stop.clone();
-    ctrlc::set_handler(move || on_signal.store(true, Ordering::Relaxed))
-        .context("cannot watch for Ctrl-C")?;
-    with_deep_stack(|| sft(&mut config, method_is_given, resume, output, &stop))
-        .context("cannot start a thread")?
+    interruptible(|stop| sft(&mut config, method_is_given, resume, output, stop))
 }
 
 fn sft(
@@ -196,16 +176,7 @@ fn sft(
         eprint!("{}", plan.text());
     }
     let settings = toml::to_string(&config.resolved()?)?;
-    let run = match &resume {
-        Some(resume) => {
-            if !output.quiet {
-                let checkpoint = resume.checkpoint.display();
-                eprintln!("going on after step {} of {checkpoint}", resume.step);
-            }
-            RunDir::resume(&config.output_dir, &settings)?
-        }
-        None => RunDir::create(&config.output_dir, &settings)?,
-    };
+    let run = RunDir::open(&config.output_dir, &settings, resume.as_ref(), output)?;
     let job = Job {
         config,
         prepared: &prepared,
@@ -213,11 +184,7 @@ fn sft(
         plan: &plan,
     };
     let done = train_and_save(&job, resume, output, stop, &run);
-    if done.is_err() {
-        run.leave()
-            .with_context(|| format!("cannot tidy {} up", config.output_dir.display()))?;
-    }
-    done
+    run.end(done)
 }
 
 /// The run itself, from the first step to `summary.json`.
@@ -234,30 +201,22 @@ fn train_and_save(
         options,
         plan,
     } = *job;
-    let model = &prepared.model;
     let cannot = || format!("cannot write {}", config.output_dir.display());
-    let name = config
-        .output_dir
-        .file_name()
-        .unwrap_or_default()
-        .to_string_lossy();
+    let (opened, name) = (&prepared.opened, run.name());
     let before = resume.as_ref().map_or(0, |resume| resume.step);
     let mut log = RunLog::start(run.path(), &name, plan, before).with_context(cannot)?;
-    let export = |dir: &Path| match &prepared.adapter {
-        Some(adapter) => adapter.save(model, dir).map_err(Into::into),
-        None => save_checkpoint(model, &config.model, dir).map_err(Into::into),
-    };
+    let export = |dir: &Path| opened.export(&config.model, dir);
     let checkpoints = Checkpoints {
         dir: run.path().to_path_buf(),
         export: &export,
-        weights_in_export: prepared.adapter.is_none(),
+        weights_in_export: opened.adapter.is_none(),
         save_total_limit: config.save_total_limit,
         load_best_model_at_end: config.load_best_model_at_end,
         resume_from: resume.map(|resume| resume.checkpoint),
     };
     let show = Show::new(output, options.steps);
     let result = train(
-        model,
+        &opened.model,
         &prepared.samples,
         &prepared.eval_samples,
         options,
@@ -274,7 +233,7 @@ fn train_and_save(
             }
             Event::Evaluation(step, loss) => {
                 show.say(&format!("step {step}  eval loss {loss:.4}"));
-                let answers = prepared.answers().map_err(std::io::Error::other)?;
+                let answers = opened.answers(&prepared.prompts).map_err(std::io::Error::other)?;
                 let figures = json!({"eval_loss": loss, "eval_perplexity": loss.exp()});
                 log.evaluation(step, &figures, &answers)
             }
@@ -298,7 +257,7 @@ fn train_and_save(
     let card = Card {
         name: &name,
         base: &prepared.base,
-        adapter: prepared.adapter.is_some(),
+        adapter: opened.adapter.is_some(),
         languages: &prepared.languages,
         plan,
         outcome: &outcome,
@@ -346,22 +305,13 @@ impl Prepared {
     /// What a plan is made of.
     pub(super) fn facts(&self) -> Facts<'_> {
         Facts {
-            model: &self.model,
+            model: &self.opened.model,
             lengths: self.lengths(),
             report: &self.report,
             eval_report: self.eval_report.as_ref(),
             teacher_bytes: 0,
             at_once: true,
         }
-    }
-
-    /// Greedy answers to some of the held-out rows.
-    fn answers(&self) -> anyhow::Result<Vec<Answer>> {
-        let longest = self.model.longest();
-        let stop = Stop::within(self.encoder.eos(), SAMPLE_TOKENS, longest, &self.prompts);
-        Ok(answers(&self.model, &self.prompts, &stop, |ids| {
-            self.encoder.decode(ids)
-        })?)
     }
 }
 
@@ -370,35 +320,23 @@ pub(super) fn prepare(
     method_is_given: bool,
     output: Output,
 ) -> anyhow::Result<Prepared> {
-    let Opened {
-        model,
-        adapter,
-        encoder,
-    } = open(config, method_is_given)?;
-    let longest = model.longest();
-    let (rows, samples, report) = read(&encoder, &config.data, None, config.max_length)?;
+    let opened = Opened::new(config, method_is_given)?;
+    let encoder = &opened.encoder;
+    let (rows, samples, report) = read(encoder, &config.data, None, config.max_length)?;
     output.warn(&config.data, &report);
     let languages = languages(&rows);
     let (mut eval_samples, mut eval_report, mut prompts) = (Vec::new(), None, Vec::new());
     if !config.eval_data.as_os_str().is_empty() {
         let path = &config.eval_data;
         let limit = Some(config.max_eval_samples);
-        let (rows, eval, mut report) = read(&encoder, path, limit, config.max_length)?;
+        let (rows, eval, mut report) = read(encoder, path, limit, config.max_length)?;
         report.find_leaks(&eval, &samples);
         output.warn(path, &report);
-        for row in rows.rows.iter().flatten() {
-            let prompt = encoder.prompt(path, row)?.filter(|prompt| !prompt.ids.is_empty());
-            prompts.extend(prompt.filter(|prompt| prompt.ids.len() < longest));
-            if prompts.len() == SAMPLES {
-                break;
-            }
-        }
+        prompts = opened.prompts(path, &rows)?;
         (eval_samples, eval_report) = (eval, Some(report));
     }
     Ok(Prepared {
-        model,
-        adapter,
-        encoder,
+        opened,
         samples,
         report,
         eval_samples,
@@ -406,54 +344,6 @@ pub(super) fn prepare(
         prompts,
         languages,
         base: Base::read(&config.model).with_context(|| format!("cannot read {}", config.model.display()))?,
-    })
-}
-
-/// The model that is trained.
-pub(super) struct Opened {
-    pub(super) model: Model,
-    pub(super) adapter: Option<Adapter>,
-    pub(super) encoder: Encoder,
-}
-
-/// Opens the model, puts the adapter on it, and decides `max_length` where it is not given.
-pub(super) fn open(config: &mut SftConfig, method_is_given: bool) -> anyhow::Result<Opened> {
-    let keep = match config.method {
-        Method::Full => Keep::Trained,
-        Method::Lora | Method::Prompt | Method::Prefix => Keep::Frozen,
-        Method::Qlora => Keep::Nf4 {
-            double_quant: config.bnb_4bit_use_double_quant,
-        },
-    };
-    let place = super::place(&config.device, config.bf16, config.fp16)?;
-    let mut model = Model::open_on(&config.model, keep, &place)?;
-    let encoder = Encoder::open(&config.model, model.config().vocab_size)?;
-    let adapter = adapter::put_on(&mut model, &encoder, config, method_is_given)?;
-    let longest = model.longest();
-    if config.max_length == 0 {
-        config.max_length = longest.min(1024);
-    }
-    if config.max_length > longest {
-        let knows = model.config().max_position_embeddings;
-        anyhow::bail!(UsageError::Usage(format!(
-            "--max-length is {}, but the model was made for {knows} tokens (max_position_embeddings){}",
-            config.max_length,
-            if longest < knows {
-                ", virtual ones among them"
-            } else {
-                ""
-            }
-        )));
-    }
-    if longest < 2 {
-        anyhow::bail!(UsageError::Usage(
-            "--num-virtual-tokens leaves no room for a sequence".into()
-        ));
-    }
-    Ok(Opened {
-        model,
-        adapter,
-        encoder,
     })
 }
 

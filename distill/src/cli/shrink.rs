@@ -1,7 +1,6 @@
 //! `pipit-distill shrink`: a checkpoint with fewer blocks, heads and channels.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::Context as _;
@@ -12,12 +11,11 @@ use pipit_convert::quantize::{FileType, Recipe};
 use serde::Serialize;
 
 use super::options::{List, parse_list};
-use super::{Output, UsageError};
+use super::{Output, UsageError, interruptible};
 use crate::data::{Encoder, Sample, read_rows};
 use crate::evaluate::loss_sum;
 use crate::model::{Config, Keep, Model};
 use crate::shrink::{KeptBlock, Measured, Sizes, check_layers, keep, measure, most_influential, write};
-use crate::trainer::with_deep_stack;
 
 const BAR: &str = "{msg} {wide_bar} {pos}/{len} {elapsed}, {eta} to go";
 
@@ -119,11 +117,7 @@ pub fn run(args: &Args, output: Output) -> anyhow::Result<()> {
             args.output_dir.display()
         );
     }
-    let stop = Arc::new(AtomicBool::new(false));
-    let on_signal = stop.clone();
-    ctrlc::set_handler(move || on_signal.store(true, Ordering::Relaxed))
-        .context("cannot watch for Ctrl-C")?;
-    with_deep_stack(|| shrink(args, sizes, output, &stop)).context("cannot start a thread")?
+    interruptible(|stop| shrink(args, sizes, output, stop))
 }
 
 impl Args {

@@ -11,13 +11,13 @@ use serde_json::Value;
 
 use crate::card::Base;
 use crate::cli::Output;
+use crate::cli::opened::Opened;
 use crate::cli::options::OpdSettings;
 use crate::cli::plan::Facts;
-use crate::cli::sft::{self, LOSS_CHUNK, Opened, SAMPLE_TOKENS, SAMPLES, languages, train_options};
+use crate::cli::sft::{LOSS_CHUNK, languages, train_options};
 use crate::data::{DataReport, Encoder, Prompt, Row, Rows, Sample, read_prompts, read_rows};
-use crate::evaluate::{Answer, answers};
 use crate::opd::{OpdOptions, Task, Through};
-use crate::rollout::{RolloutOptions, Stop};
+use crate::rollout::RolloutOptions;
 
 /// Rows that templates are compared on.
 const PROBES: usize = 8;
@@ -29,7 +29,7 @@ pub(super) struct Prepared {
     report: DataReport,
     pub(super) eval_tasks: Vec<Task>,
     eval_report: Option<DataReport>,
-    prompts: Vec<Prompt>,
+    pub(super) prompts: Vec<Prompt>,
     /// The values of the column `language`.
     pub(super) languages: Vec<String>,
     /// What the checkpoint says of itself.
@@ -49,7 +49,7 @@ pub(super) fn prepare(
 ) -> anyhow::Result<Prepared> {
     let recipe = recipe(settings)?;
     let config = &mut settings.training;
-    let mut student = sft::open(config, method_is_given)?;
+    let mut student = Opened::new(config, method_is_given)?;
     let reader = Reader {
         encoder: &student.encoder,
         max_length: config.max_length,
@@ -67,16 +67,7 @@ pub(super) fn prepare(
             |tasks: &[Task]| -> Vec<Sample> { tasks.iter().filter_map(|task| task.sample.clone()).collect() };
         report.find_leaks(&samples(&eval), &samples(&tasks));
         output.warn(path, &report);
-        for row in rows.rows.iter().flatten() {
-            let prompt = student
-                .encoder
-                .prompt(path, row)?
-                .filter(|prompt| !prompt.ids.is_empty());
-            prompts.extend(prompt.filter(|prompt| prompt.ids.len() < student.model.longest()));
-            if prompts.len() == SAMPLES {
-                break;
-            }
-        }
+        prompts = student.prompts(path, &rows)?;
         (eval_tasks, eval_report) = (eval, Some(report));
     }
     let through = match (&recipe, settings.distillation.through.is_empty()) {
@@ -213,12 +204,5 @@ impl Prepared {
             teacher_bytes: teacher + through.map_or(0, Through::bytes),
             at_once: through.is_none(),
         }
-    }
-
-    /// Greedy answers to some of the held-out rows.
-    pub(super) fn answers(&self) -> anyhow::Result<Vec<Answer>> {
-        let Opened { model, encoder, .. } = &self.student;
-        let stop = Stop::within(encoder.eos(), SAMPLE_TOKENS, model.longest(), &self.prompts);
-        Ok(answers(model, &self.prompts, &stop, |ids| encoder.decode(ids))?)
     }
 }

@@ -14,14 +14,12 @@ use crate::opd::preflight::check_template;
 use crate::teacher::cache::{Binding, Cached};
 use crate::teacher::gguf::GgufTeacher;
 use crate::teacher::routed::Routed;
-use crate::teacher::served::{ServedOptions, ServedTeacher};
+use crate::teacher::served::{ServedOptions, ServedTeacher, api_key_from_environment};
 use crate::teacher::vocabulary::{check_tokenizer, probe};
 use crate::teacher::{BaseTeacher, CheckpointTeacher, Spec, Teacher, TeacherError};
 
 /// `--teacher base`.
 const BASE: &str = "base";
-/// Where the key of a server is looked up: it does not stand in a file that is shown.
-const API_KEY: &str = "PIPIT_TEACHER_API_KEY";
 
 /// A teacher that is ready.
 pub(super) struct Opened<'a> {
@@ -168,7 +166,7 @@ impl Opener<'_> {
             vocab_size: self.prepared.student.model.config().vocab_size,
             model: Some(own.teacher_model.clone()).filter(|name| !name.is_empty()),
             concurrency: own.teacher_requests,
-            api_key: std::env::var(API_KEY).ok(),
+            api_key: api_key_from_environment(),
             ..ServedOptions::default()
         };
         let teacher = ServedTeacher::connect(url, options)?;
