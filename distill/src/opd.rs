@@ -160,9 +160,7 @@ pub fn distil(
     };
     let load_best = checkpoints.is_some_and(|checkpoints| checkpoints.load_best_model_at_end);
     let patience = train.early_stopping_patience;
-    let out_of_patience =
-        |progress: &Progress| patience > 0 && progress.early_stopping_patience_counter >= patience;
-    let mut stopped_early = out_of_patience(&progress) && progress.global_step < train.steps;
+    let mut stopped_early = progress.is_out_of(patience) && progress.global_step < train.steps;
     let mut divergence = None;
 
     while progress.global_step < train.steps && !stopped_early {
@@ -193,7 +191,6 @@ pub fn distil(
         // Σ over all tokens of the step, divided once: accumulation equals the large batch.
         let mut sums = Sums::default();
         let mut seen: Vec<Text> = Vec::new();
-        let mut grad_norm = 0.0;
         // Quantised weights are taken off again before the real ones move.
         let at_once = learner.moves_at_once(step.passes.len()) && cast.through.is_none();
         for (i, (pass, on_policy)) in step
@@ -224,28 +221,14 @@ pub fn distil(
                 measures = Some(of_batch);
                 Ok(loss)
             };
-            sums.loss += match at_once {
-                true => {
-                    let count = batch.trained_tokens().max(1);
-                    let stepped = learner.step(&batch, mode, count, learning_rate, loss_of)?;
-                    grad_norm = stepped.norm;
-                    stepped.loss
-                }
-                false => learner.accumulate(&batch, mode, loss_of)?,
-            };
+            sums.loss += learner.pass(&batch, mode, learning_rate, at_once, loss_of)?;
             sums.trained_tokens += batch.trained_tokens();
             sums.tokens += batch.tokens();
             progress.opd.window.add(&texts, cast.eos, measures.as_ref());
             seen.extend(texts);
         }
         take_off(cast)?;
-        let gradients = match at_once {
-            true => None,
-            false => Some(learner.gradients(sums.trained_tokens.max(1))?),
-        };
-        if let Some(gradients) = &gradients {
-            grad_norm = gradients.norm;
-        }
+        let gradients = learner.gradients(sums.trained_tokens.max(1))?;
         let loss = sums.loss / sums.trained_tokens.max(1) as f64;
         let number = progress.global_step + 1;
         let mut not_finite = |what: &str, value: f64| TrainError::NotFinite {
@@ -255,14 +238,14 @@ pub fn distil(
             learning_rate,
             samples: mem::take(&mut seen).into_iter().map(Text::sample).collect(),
         };
-        for (what, value) in [("the loss", loss), ("the gradient's norm", grad_norm)] {
+        for (what, value) in [("the loss", loss), ("the gradient's norm", gradients.norm)] {
             if !value.is_finite() {
                 return Err(not_finite(what, value).into());
             }
         }
-        if let Some(gradients) = gradients {
-            learner.update(&gradients, learning_rate)?;
-        }
+        learner.update(&gradients, learning_rate)?;
+        let grad_norm = gradients.norm;
+        drop(gradients);
         let last = number == train.steps;
         let logs = last || number.is_multiple_of(train.logging_steps.max(1));
         let evaluates = (last || train.eval.is_due(number, step.ends_epoch)) && !eval_tasks.is_empty();
@@ -293,7 +276,7 @@ pub fn distil(
                 return Err(not_finite("the divergence from the teacher", eval_loss).into());
             }
             saves |= progress.judge(eval_loss, train.early_stopping_threshold) && load_best;
-            stopped_early = out_of_patience(&progress) && !last;
+            stopped_early = progress.is_out_of(patience) && !last;
             divergence = Some(found);
         }
         if let Some(checkpoints) = checkpoints

@@ -215,6 +215,22 @@ impl Update<'_> {
     }
 }
 
+/// What an operation in place changes, and what it reads, both f32 without gaps.
+fn slices<'a>(
+    op: &str,
+    (changed, at): (&'a mut CpuStorage, &Layout),
+    (read, from): (&'a CpuStorage, &Layout),
+) -> Result<(&'a mut [f32], &'a [f32])> {
+    let CpuStorage::F32(changed) = changed else {
+        candle_core::bail!("{op}: what is changed is f32")
+    };
+    let (Some(at), Some(from)) = (at.contiguous_offsets(), from.contiguous_offsets()) else {
+        candle_core::bail!("{op}: not contiguous")
+    };
+    let read = f32::cpu_storage_as_slice(read)?;
+    Ok((&mut changed[at.0..at.1], &read[from.0..from.1]))
+}
+
 impl InplaceOp2 for Update<'_> {
     fn name(&self) -> &'static str {
         "adamw"
@@ -227,17 +243,7 @@ impl InplaceOp2 for Update<'_> {
         gradient: &CpuStorage,
         gradient_layout: &Layout,
     ) -> Result<()> {
-        let CpuStorage::F32(weights) = weights else {
-            candle_core::bail!("adamw: weights are f32")
-        };
-        let (Some(at), Some(from)) = (
-            weights_layout.contiguous_offsets(),
-            gradient_layout.contiguous_offsets(),
-        ) else {
-            candle_core::bail!("adamw: not contiguous")
-        };
-        let weights = &mut weights[at.0..at.1];
-        let gradient = &f32::cpu_storage_as_slice(gradient)?[from.0..from.1];
+        let (weights, gradient) = slices("adamw", (weights, weights_layout), (gradient, gradient_layout))?;
         let mut moments = self.slot.moments.lock().unwrap_or_else(PoisonError::into_inner);
         let Moments::Cpu(mean, square) = &mut *moments else {
             candle_core::bail!("adamw: the moments are on a device")
@@ -274,7 +280,7 @@ pub fn global_norm(gradients: &[Tensor]) -> Result<f64> {
     let mut there: Option<Tensor> = None;
     for gradient in gradients {
         if is_composed(gradient) {
-            let squares = gradient.to_dtype(DType::F32)?.sqr()?.sum_all()?;
+            let squares = squares_there(gradient)?;
             there = Some(match there {
                 Some(sum) => (sum + squares)?,
                 None => squares,
@@ -289,11 +295,15 @@ pub fn global_norm(gradients: &[Tensor]) -> Result<f64> {
     Ok(sum.sqrt())
 }
 
+/// Σg² of one gradient, a scalar where the gradient is.
+fn squares_there(gradient: &Tensor) -> Result<Tensor> {
+    gradient.to_dtype(DType::F32)?.sqr()?.sum_all()
+}
+
 /// Σg² of one gradient.
 pub(crate) fn square_sum(gradient: &Tensor) -> Result<f64> {
     if is_composed(gradient) {
-        let sum = gradient.to_dtype(DType::F32)?.sqr()?.sum_all()?;
-        return Ok(f64::from(sum.to_scalar::<f32>()?));
+        return Ok(f64::from(squares_there(gradient)?.to_scalar::<f32>()?));
     }
     with_elements::<f32, _>(&gradient.contiguous()?, "norm", |values| {
         // In order, whatever the threads: the same seed gives the same bits.
@@ -325,15 +335,8 @@ impl InplaceOp2 for AddTo {
     }
 
     fn cpu_fwd(&self, sum: &mut CpuStorage, at: &Layout, more: &CpuStorage, from: &Layout) -> Result<()> {
-        let CpuStorage::F32(sum) = sum else {
-            candle_core::bail!("add_to: gradients are f32")
-        };
-        let (Some(at), Some(from)) = (at.contiguous_offsets(), from.contiguous_offsets()) else {
-            candle_core::bail!("add_to: not contiguous")
-        };
-        let more = &f32::cpu_storage_as_slice(more)?[from.0..from.1];
-        sum[at.0..at.1]
-            .par_chunks_mut(CHUNK)
+        let (sum, more) = slices("add_to", (sum, at), (more, from))?;
+        sum.par_chunks_mut(CHUNK)
             .zip(more.par_chunks(CHUNK))
             .for_each(|(sum, more)| sum.iter_mut().zip(more).for_each(|(sum, more)| *sum += more));
         Ok(())

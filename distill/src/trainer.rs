@@ -202,9 +202,7 @@ pub fn train(
     let batch_size = options.sampling.batch_size;
     let load_best = checkpoints.is_some_and(|checkpoints| checkpoints.load_best_model_at_end);
     let patience = options.early_stopping_patience;
-    let out_of_patience =
-        |progress: &Progress| patience > 0 && progress.early_stopping_patience_counter >= patience;
-    let mut stopped_early = out_of_patience(&progress) && progress.global_step < options.steps;
+    let mut stopped_early = progress.is_out_of(patience) && progress.global_step < options.steps;
 
     while progress.global_step < options.steps && !stopped_early {
         if stop.load(Ordering::Relaxed) {
@@ -218,10 +216,9 @@ pub fn train(
                 .factor(progress.global_step, options.warmup_steps, options.steps);
 
         let at_once = learner.moves_at_once(step.passes.len());
-        let (sums, gradients, grad_norm) = loop {
+        let (sums, gradients) = loop {
             // Σ over all tokens of the step, divided once: accumulation equals the large batch.
             let mut sums = Sums::default();
-            let mut grad_norm = 0.0;
             for (i, pass) in step.passes.iter().enumerate() {
                 let batch = batch_of(pass.iter().map(|sample| &samples[*sample]));
                 let mode = Mode {
@@ -230,26 +227,14 @@ pub fn train(
                     ..Mode::INFERENCE
                 };
                 let loss_of = |hidden: &_| model.loss_of_hidden(hidden, &batch, mode, options.loss_chunk);
-                sums.loss += match at_once {
-                    true => {
-                        let stepped =
-                            learner.step(&batch, mode, batch.trained_tokens(), learning_rate, loss_of)?;
-                        grad_norm = stepped.norm;
-                        stepped.loss
-                    }
-                    false => learner.accumulate(&batch, mode, loss_of)?,
-                };
+                sums.loss += learner.pass(&batch, mode, learning_rate, at_once, loss_of)?;
                 sums.trained_tokens += batch.trained_tokens();
                 sums.tokens += batch.tokens();
-            }
-            if at_once {
-                break (sums, None, grad_norm);
             }
             let gradients = learner.gradients(sums.trained_tokens)?;
             let overflow = sums.loss.is_finite() && !gradients.norm.is_finite();
             if !overflow || !learner.lower_loss_scale() {
-                let norm = gradients.norm;
-                break (sums, Some(gradients), norm);
+                break (sums, gradients);
             }
         };
         let loss = sums.loss / sums.trained_tokens as f64;
@@ -266,14 +251,14 @@ pub fn train(
                 .map(|sample| samples[*sample].clone())
                 .collect(),
         };
-        for (what, value) in [("the loss", loss), ("the gradient's norm", grad_norm)] {
+        for (what, value) in [("the loss", loss), ("the gradient's norm", gradients.norm)] {
             if !value.is_finite() {
                 return Err(not_finite(what, value));
             }
         }
-        if let Some(gradients) = gradients {
-            learner.update(&gradients, learning_rate)?;
-        }
+        learner.update(&gradients, learning_rate)?;
+        let grad_norm = gradients.norm;
+        drop(gradients);
         let last = number == options.steps;
         let is_due = |when: When| when.is_due(number, step.ends_epoch);
         let logs = last || number.is_multiple_of(options.logging_steps.max(1));
@@ -302,7 +287,7 @@ pub fn train(
             }
             tell(Event::Evaluation(progress.global_step, eval_loss))?;
             saves |= progress.judge(eval_loss, options.early_stopping_threshold) && load_best;
-            stopped_early = out_of_patience(&progress) && !last;
+            stopped_early = progress.is_out_of(patience) && !last;
         }
         if let Some(checkpoints) = checkpoints
             && saves

@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod support;
+
 use std::path::{Path, PathBuf};
 
 use pipit_distill::data::Encoder;
@@ -10,6 +12,7 @@ use pipit_distill::teacher::gguf::GgufTeacher;
 use pipit_distill::teacher::vocabulary::check_tokenizer;
 use pipit_distill::teacher::{Asked, CheckpointTeacher, LogitRows, Scores, Teacher, TopK};
 use pipit_distill::trainer::with_deep_stack;
+use support::cached;
 
 const VOCABULARY: usize = 49_152;
 const TEXTS: [&str; 3] = [
@@ -17,22 +20,6 @@ const TEXTS: [&str; 3] = [
     "The capital of France is Paris, the capital of Italy is Rome.",
     "{\"service\": \"light.turn_on\", \"target\": \"kitchen\"}",
 ];
-
-/// The file that the variable names, else the one in the cache that scripts/fetch-model fills.
-fn cached(variable: &str, name: &str) -> PathBuf {
-    let set = |name: &str| std::env::var_os(name).map(PathBuf::from);
-    let path = set(variable).unwrap_or_else(|| {
-        let home = || set("HOME").unwrap_or_default().join(".cache");
-        let cache = || set("XDG_CACHE_HOME").unwrap_or_else(home).join("pipit");
-        set("PIPIT_CACHE").unwrap_or_else(cache).join(name)
-    });
-    assert!(
-        path.is_file(),
-        "{} is not there: scripts/fetch-model gets it",
-        path.display()
-    );
-    path
-}
 
 fn smollm2() -> PathBuf {
     cached("PIPIT_TEST_MODEL", "SmolLM2-135M-Instruct.Q4_1.gguf")

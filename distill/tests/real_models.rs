@@ -4,8 +4,10 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod support;
+
 use std::num::NonZeroU32;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use llama_cpp_2::context::params::{KvCacheType, LlamaContextParams};
 use llama_cpp_2::llama_batch::LlamaBatch;
@@ -20,6 +22,7 @@ use pipit_convert::progress::Silent;
 use pipit_convert::quantize::{FileType, Recipe};
 use pipit_distill::batch::Batch;
 use pipit_distill::model::{Mode, Model};
+use support::cached;
 
 /// The longest text, in tokens.
 const CONTEXT: u32 = 1024;
@@ -30,26 +33,6 @@ const SENTENCES: [&str; 4] = [
     "def fibonacci(n):\n    return n if n < 2 else fibonacci(n - 1) + fibonacci(n - 2)\n",
     "Zet de lamp in de woonkamer uit, alsjeblieft.",
 ];
-
-/// The file that the variable names, else the one of this name in the cache that `scripts/fetch-model` fills.
-fn model(variable: &str, name: &str) -> PathBuf {
-    let set = |name: &str| {
-        std::env::var_os(name)
-            .filter(|value| !value.is_empty())
-            .map(PathBuf::from)
-    };
-    let path = set(variable).unwrap_or_else(|| {
-        let cache = || set("XDG_CACHE_HOME").or_else(|| set("HOME").map(|home| home.join(".cache")));
-        let pipit = set("PIPIT_CACHE").or_else(|| cache().map(|cache| cache.join("pipit")));
-        pipit.unwrap_or_default().join(name)
-    });
-    assert!(
-        path.is_file(),
-        "the test model is not at {}; ./check fetches it, {variable} names another",
-        path.display()
-    );
-    path
-}
 
 fn log_softmax(logits: &[f32]) -> Vec<f64> {
     let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
@@ -168,7 +151,7 @@ impl Difference {
 
 #[test]
 fn smollm2_is_llama_cpps() {
-    let difference = compare(&model("PIPIT_TEST_MODEL", "SmolLM2-135M-Instruct.Q4_1.gguf"));
+    let difference = compare(&cached("PIPIT_TEST_MODEL", "SmolLM2-135M-Instruct.Q4_1.gguf"));
     // Seen: 4.2e-5, and 1.4e-10 nats.
     assert!(difference.largest < 1e-3, "{difference:?}");
     assert!(difference.divergence < 1e-7, "{difference:?}");
@@ -176,7 +159,7 @@ fn smollm2_is_llama_cpps() {
 
 #[test]
 fn gemma_3_is_llama_cpps() {
-    let difference = compare(&model("PIPIT_TEST_GEMMA", "gemma-3-270m-q4_k_m.gguf"));
+    let difference = compare(&cached("PIPIT_TEST_GEMMA", "gemma-3-270m-q4_k_m.gguf"));
     // Seen: 1.3e-2, and 4.2e-6 nats. It is llama.cpp's GELU: docs/train/architectures.md.
     assert!(difference.largest < 5e-2, "{difference:?}");
     assert!(difference.divergence < 5e-5, "{difference:?}");

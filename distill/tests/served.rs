@@ -4,6 +4,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod support;
+
 use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
 
@@ -28,6 +30,7 @@ use pipit_distill::optimizer::{AdamW, AdamWOptions};
 use pipit_distill::random::Random;
 use pipit_distill::rollout::{Stop, greedy};
 use pipit_distill::trainer::with_deep_stack;
+use support::cached;
 
 const TRAIN: Mode = Mode {
     gradient: true,
@@ -45,22 +48,6 @@ const PROMPTS: [&str; 3] = [
     "Turn off the kitchen light -> {\"service\": \"",
     "The capital of France is",
 ];
-
-/// The file that the variable names, else the one in the cache that scripts/fetch-model fills.
-fn cached(variable: &str, name: &str) -> PathBuf {
-    let set = |name: &str| std::env::var_os(name).map(PathBuf::from);
-    let path = set(variable).unwrap_or_else(|| {
-        let home = || set("HOME").unwrap_or_default().join(".cache");
-        let cache = || set("XDG_CACHE_HOME").unwrap_or_else(home).join("pipit");
-        set("PIPIT_CACHE").unwrap_or_else(cache).join(name)
-    });
-    assert!(
-        path.is_file(),
-        "{} is not there: scripts/fetch-model gets it; {variable} names another place",
-        path.display()
-    );
-    path
-}
 
 fn ids(encoder: &Encoder, text: &str) -> Vec<u32> {
     encoder.ids(text, true).unwrap()

@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod fake_server;
+mod support;
 
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
@@ -16,6 +17,7 @@ use pipit_distill::teacher::gguf::GgufTeacher;
 use pipit_distill::teacher::served::{Draw, Question, ServedOptions, ServedTeacher};
 use pipit_distill::teacher::{Asked, Scores, Teacher, TopK};
 use serde_json::{Map, Value, json};
+use support::cached;
 
 fn models(owner: &str) -> Reply {
     let models = json!({"object": "list", "data": [{"id": "other", "owned_by": owner},
@@ -337,13 +339,7 @@ impl Drop for LlamaServer {
 #[test]
 #[ignore = "needs llama-server, which scripts/fetch-llama-cpp builds; ./check --references runs it"]
 fn a_real_llama_server_says_what_the_file_says_in_this_process() {
-    let model = std::env::var_os("PIPIT_TEST_MODEL").map_or_else(
-        || {
-            PathBuf::from(std::env::var_os("HOME").unwrap())
-                .join(".cache/pipit/SmolLM2-135M-Instruct.Q4_1.gguf")
-        },
-        PathBuf::from,
-    );
+    let model = cached("PIPIT_TEST_MODEL", "SmolLM2-135M-Instruct.Q4_1.gguf");
     let encoder = Encoder::open(&model, 49_152).unwrap();
     let texts = [
         "<|im_start|>user\nTurn on the kitchen light.<|im_end|>\n<|im_start|>assistant\nThe light in the kitchen is on.<|im_end|>",

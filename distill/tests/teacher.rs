@@ -5,16 +5,14 @@
 mod support;
 
 use candle_core::Tensor;
-use pipit_convert::adapter::TargetModules;
-use pipit_distill::adapter::{Adapter, InitLoraWeights, LoraOptions, Targets, lora};
-use pipit_distill::batch::Batch;
+use pipit_distill::adapter::{Adapter, InitLoraWeights, lora};
 use pipit_distill::loss::{Loss, Measures, Objective};
 use pipit_distill::model::{Keep, Mode, Model};
 use pipit_distill::optimizer::AdamWOptions;
 use pipit_distill::random::{Random, mix};
 use pipit_distill::teacher::{Asked, BaseTeacher, CheckpointTeacher, Scores, Teacher, TeacherError};
 use pipit_distill::trainer::{Learner, LearnerOptions};
-use support::{fixture, floats, largest_difference};
+use support::{batch, fixture, floats, largest_difference, logits as over_logits, rank_four};
 
 const TRAIN: Mode = Mode {
     gradient: true,
@@ -27,12 +25,8 @@ const JSD: Loss = Loss::Jsd {
 
 fn objective(loss: Loss) -> Objective {
     Objective {
-        loss,
-        temperature: 1.0,
-        t_squared: false,
-        top_k: None,
-        ce_weight: 0.0,
         chunk: 7,
+        ..over_logits::objective(loss)
     }
 }
 
@@ -52,13 +46,6 @@ fn sequences() -> Vec<(Vec<u32>, Vec<i64>)> {
 }
 
 type Sequences = [(Vec<u32>, Vec<i64>)];
-
-fn batch(sequences: &Sequences) -> Batch {
-    let parts = sequences
-        .iter()
-        .map(|(ids, labels)| (ids.as_slice(), labels.as_slice()));
-    Batch::new(parts)
-}
 
 fn scores(teacher: &mut dyn Teacher, sequences: &Sequences) -> Scores {
     let asked: Vec<Asked<'_>> = sequences
@@ -126,16 +113,7 @@ fn run(
 /// With adapters on these modules; B is zero, or not.
 fn adapted(name: &str, keep: Keep, target_modules: &str, init: InitLoraWeights) -> Model {
     let mut model = Model::open_as(&fixture(name), keep).unwrap();
-    let options = LoraOptions {
-        r: 4,
-        lora_alpha: 8.0,
-        init_lora_weights: init,
-        targets: Targets {
-            target_modules: TargetModules::Pattern(target_modules.into()),
-            ..Targets::default()
-        },
-        ..LoraOptions::default()
-    };
+    let options = rank_four(target_modules, init);
     lora::add(&mut model, &options, name, &mut Random::new(3, "adapter")).unwrap();
     model
 }

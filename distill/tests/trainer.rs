@@ -3,15 +3,15 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use std::path::Path;
+mod support;
 
-use pipit_convert::adapter::TargetModules;
-use pipit_distill::adapter::{Adapter, InitLoraWeights, LoraOptions, Targets, lora};
+use pipit_distill::adapter::{Adapter, InitLoraWeights, LoraOptions, lora};
 use pipit_distill::batch::{Batch, IGNORED};
 use pipit_distill::model::{Mode, Model};
 use pipit_distill::optimizer::AdamWOptions;
 use pipit_distill::random::{Random, mix};
 use pipit_distill::trainer::{Learner, LearnerOptions};
+use support::{fixture, rank_four};
 
 const OPTIONS: LearnerOptions = LearnerOptions {
     adamw: AdamWOptions {
@@ -25,29 +25,16 @@ const OPTIONS: LearnerOptions = LearnerOptions {
 };
 
 fn open(name: &str, train: bool) -> Model {
-    Model::open(
-        &Path::new(env!("CARGO_MANIFEST_DIR"))
-            .join("tests/fixtures")
-            .join(name),
-        train,
-    )
-    .unwrap()
+    Model::open(&fixture(name), train).unwrap()
 }
 
 /// With adapters, whose B is not zero, on some layers.
 fn adapted(name: &str, target_modules: &str, dropout: f64) -> Model {
     let mut model = open(name, false);
     let options = LoraOptions {
-        r: 4,
-        lora_alpha: 8.0,
         lora_dropout: dropout,
         use_dora: dropout > 0.0,
-        init_lora_weights: InitLoraWeights::False,
-        targets: Targets {
-            target_modules: TargetModules::Pattern(target_modules.into()),
-            ..Targets::default()
-        },
-        ..LoraOptions::default()
+        ..rank_four(target_modules, InitLoraWeights::False)
     };
     lora::add(&mut model, &options, name, &mut Random::new(3, "adapter")).unwrap();
     model
@@ -112,7 +99,7 @@ fn step(model: &Model, passes: &[&[(Vec<u32>, Vec<i64>)]], recompute: bool) -> (
 
 /// Every adapter of PEFT that is a fixture, on its base.
 fn stored_adapters() -> Vec<(String, Model)> {
-    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/adapters");
+    let dir = fixture("adapters");
     let folders = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path());
     let mut models = Vec::new();
     for folder in folders.filter(|path| path.is_dir()) {

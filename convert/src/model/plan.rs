@@ -106,13 +106,8 @@ impl<'a> Plan<'a> {
         adapters: &'a [ScaledAdapter],
         recipe: &'a Recipe,
     ) -> Result<Self, ModelError> {
-        let arch_error = |source| ModelError::Arch {
-            path: model.path().to_path_buf(),
-            source,
-        };
-        let arch = model.architecture().map_err(arch_error)?;
-        let rules = (arch.tensors)(model.config()).map_err(arch_error)?;
-        model.check_tensors(arch, &rules)?;
+        let arch_error = |source| model.arch_error(source);
+        let (arch, _) = model.rules()?;
         let merge = Merge::new(adapters, arch, model.config())?;
         let (config, rules) = (merge.config(), merge.rules().to_vec());
         let extra = (arch.extra_tensors)(config).map_err(arch_error)?;
@@ -273,14 +268,8 @@ pub struct ChosenType<'a> {
 
 /// The types that the tensors of a checkpoint get, as [`Plan`] has them; a vocabulary is not needed for it.
 pub fn tensor_types<'a>(model: &SourceModel, recipe: &'a Recipe) -> Result<Vec<ChosenType<'a>>, ModelError> {
-    let arch_error = |source| ModelError::Arch {
-        path: model.path().to_path_buf(),
-        source,
-    };
-    let arch = model.architecture().map_err(arch_error)?;
-    let rules = (arch.tensors)(model.config()).map_err(arch_error)?;
-    model.check_tensors(arch, &rules)?;
-    let keys = (arch.metadata)(model.config()).map_err(arch_error)?;
+    let (arch, rules) = model.rules()?;
+    let keys = (arch.metadata)(model.config()).map_err(|source| model.arch_error(source))?;
     let sources = rules.into_iter().map(Source::Checkpoint).collect();
     let jobs = jobs(model, sources, recipe, &facts(arch.name, &keys))?;
     let types = jobs.into_iter().filter_map(|job| match job.source {

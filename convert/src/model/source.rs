@@ -111,12 +111,24 @@ impl SourceModel {
         Ok(keys)
     }
 
+    /// The architecture, and its rules for the tensors, which are there as it wants them.
+    pub(super) fn rules(&self) -> Result<(&'static Architecture, Vec<TensorRule>), ModelError> {
+        let arch = self.architecture().map_err(|source| self.arch_error(source))?;
+        let rules = (arch.tensors)(&self.config).map_err(|source| self.arch_error(source))?;
+        self.check_tensors(arch, &rules)?;
+        Ok((arch, rules))
+    }
+
+    /// What its architecture says against the configuration.
+    pub(super) fn arch_error(&self, source: arch::ArchError) -> ModelError {
+        ModelError::Arch {
+            path: self.path.clone(),
+            source,
+        }
+    }
+
     /// Every tensor that the rules name must be there in its shape, and no other may be.
-    pub(super) fn check_tensors(
-        &self,
-        arch: &'static Architecture,
-        rules: &[TensorRule],
-    ) -> Result<(), ModelError> {
+    fn check_tensors(&self, arch: &'static Architecture, rules: &[TensorRule]) -> Result<(), ModelError> {
         match &self.weights {
             Weights::Folder(checkpoint) => check_folder(checkpoint, arch, rules),
             Weights::File(gguf) => {

@@ -270,13 +270,9 @@ pub fn measure(
     let mut sum = Sum::default();
     for part in tasks.chunks(batch_size.max(1)) {
         let asked = asked(part);
-        let batch = Batch::new(asked.iter().map(|text| (text.ids, text.labels)));
+        let (batch, labels) = batch_and_labels(&asked);
         let scores = teacher.score(&asked)?;
-        let (rows, labels): (Vec<u32>, Vec<u32>) = batch
-            .targets()
-            .into_iter()
-            .map(|(row, label)| (row as u32, label))
-            .unzip();
+        let rows = batch.targets().into_iter().map(|(row, _)| row as u32).collect();
         let hidden = student.hidden(&batch, Mode::INFERENCE)?;
         let rows = Tensor::from_vec(rows, labels.len(), hidden.device())?;
         let rows = StudentRows {
@@ -286,6 +282,13 @@ pub fn measure(
         sum.add(&scores, &rows, &labels)?;
     }
     Ok(sum.divergence())
+}
+
+/// The texts as a batch, and the labels that are asked about.
+fn batch_and_labels(asked: &[Asked<'_>]) -> (Batch, Vec<u32>) {
+    let batch = Batch::new(asked.iter().map(|text| (text.ids, text.labels)));
+    let labels = batch.targets().into_iter().map(|(_, label)| label).collect();
+    (batch, labels)
 }
 
 /// The same of a student that is asked as a teacher is: a GGUF file in llama.cpp.
@@ -298,8 +301,7 @@ pub(super) fn measure_teacher(
     let mut sum = Sum::default();
     for part in tasks.chunks(batch_size.max(1)) {
         let asked = asked(part);
-        let batch = Batch::new(asked.iter().map(|text| (text.ids, text.labels)));
-        let labels: Vec<u32> = batch.targets().into_iter().map(|(_, label)| label).collect();
+        let (_, labels) = batch_and_labels(&asked);
         let scores = teacher.score(&asked)?;
         if let Scores::Full(rows) = student.score(&asked)? {
             sum.add(&scores, rows.as_ref(), &labels)?;

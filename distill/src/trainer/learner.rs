@@ -45,6 +45,8 @@ pub struct Learner<'a> {
     loss_scale: Option<LossScale>,
     /// Of the step that is under way, in the order of `trained`.
     gradients: Vec<Option<Tensor>>,
+    /// The norm of the gradients of a step whose weights have moved at once.
+    moved: Option<f64>,
 }
 
 impl<'a> Learner<'a> {
@@ -69,6 +71,7 @@ impl<'a> Learner<'a> {
             optimizer: AdamW::new(trained.iter().map(|(_, var)| (*var).clone()), options.adamw),
             loss_scale: (model.place().precision == Precision::Fp16).then(LossScale::default),
             gradients: vec![None; trained.len()],
+            moved: None,
             trained,
         }
     }
@@ -110,6 +113,25 @@ impl<'a> Learner<'a> {
 
     fn loss_factor(&self) -> f64 {
         self.loss_scale.map_or(1.0, LossScale::factor)
+    }
+
+    /// One forward and backward pass of a step: a whole [`step`](Self::step) with `at_once`, else it
+    /// [accumulates](Self::accumulate). [`gradients`](Self::gradients) and [`update`](Self::update) follow in either case.
+    pub fn pass(
+        &mut self,
+        batch: &Batch,
+        mode: Mode,
+        learning_rate: f64,
+        at_once: bool,
+        loss_of: impl FnOnce(&Tensor) -> Result<Tensor>,
+    ) -> std::result::Result<f64, TrainError> {
+        if !at_once {
+            return Ok(self.accumulate(batch, mode, loss_of)?);
+        }
+        let count = batch.trained_tokens().max(1);
+        let stepped = self.step(batch, mode, count, learning_rate, loss_of)?;
+        self.moved = Some(stepped.norm);
+        Ok(stepped.loss)
     }
 
     /// One forward and backward pass, whose gradients are added to those of the step. `loss_of` makes of the hidden
@@ -216,8 +238,17 @@ impl<'a> Learner<'a> {
         })
     }
 
-    /// Ends the step's passes: their gradients, and the norm of all together, divided by `count` (tokens).
+    /// Ends the step's passes: their gradients, and the norm of all together, divided by `count` (tokens). Of weights that
+    /// have moved at once the norm is left.
     pub fn gradients(&mut self, count: usize) -> std::result::Result<Gradients, TrainError> {
+        if let Some(norm) = self.moved.take() {
+            return Ok(Gradients {
+                tensors: Vec::new(),
+                divisor: count as f64,
+                norm,
+                moved: true,
+            });
+        }
         let mut tensors = Vec::with_capacity(self.trained.len());
         for ((name, _), gradient) in self.trained.iter().zip(&mut self.gradients) {
             tensors.push(gradient.take().ok_or_else(|| TrainError::NoGradient {
@@ -230,11 +261,15 @@ impl<'a> Learner<'a> {
             tensors,
             divisor,
             norm,
+            moved: false,
         })
     }
 
-    /// Moves the weights.
+    /// Moves the weights, unless they have moved already.
     pub fn update(&mut self, gradients: &Gradients, learning_rate: f64) -> Result<()> {
+        if gradients.moved {
+            return Ok(());
+        }
         let scale = clip_factor(gradients.norm, self.options.max_grad_norm) / gradients.divisor;
         self.optimizer.step(&gradients.tensors, learning_rate, scale)?;
         if let Some(loss_scale) = &mut self.loss_scale {
@@ -300,10 +335,11 @@ pub struct Gradients {
     divisor: f64,
     /// The norm of all gradients together after the division, before clipping.
     pub norm: f64,
+    moved: bool,
 }
 
 impl Gradients {
-    /// One for each trained tensor, in their order; sums, not yet divided.
+    /// One for each trained tensor, in their order; sums, not yet divided. None where the weights have moved at once.
     pub fn tensors(&self) -> &[Tensor] {
         &self.tensors
     }

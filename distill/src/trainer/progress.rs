@@ -161,6 +161,11 @@ impl Progress {
         }
     }
 
+    /// Whether so many evaluations in a row were not better; 0 does not count them.
+    pub(crate) fn is_out_of(&self, patience: usize) -> bool {
+        patience > 0 && self.early_stopping_patience_counter >= patience
+    }
+
     /// Takes up an evaluation; true when it is the best so far. It resets the patience where it is better than the best
     /// by more than `threshold`, as transformers' `EarlyStoppingCallback` does.
     pub(crate) fn judge(&mut self, eval_loss: f64, threshold: f64) -> bool {

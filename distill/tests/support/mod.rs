@@ -8,7 +8,29 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use candle_core::{Device, Tensor};
+use pipit_convert::adapter::TargetModules;
+use pipit_distill::adapter::{InitLoraWeights, LoraOptions, Targets};
 use pipit_distill::batch::Batch;
+
+/// The file that the variable names, else the one of this name in the cache that `scripts/fetch-model` fills.
+pub(crate) fn cached(variable: &str, name: &str) -> PathBuf {
+    let set = |name: &str| {
+        std::env::var_os(name)
+            .filter(|value| !value.is_empty())
+            .map(PathBuf::from)
+    };
+    let path = set(variable).unwrap_or_else(|| {
+        let cache = || set("XDG_CACHE_HOME").or_else(|| set("HOME").map(|home| home.join(".cache")));
+        let pipit = set("PIPIT_CACHE").or_else(|| cache().map(|cache| cache.join("pipit")));
+        pipit.unwrap_or_default().join(name)
+    });
+    assert!(
+        path.is_file(),
+        "the test model is not at {}; ./check fetches it, {variable} names another",
+        path.display()
+    );
+    path
+}
 
 pub(crate) fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -18,6 +40,20 @@ pub(crate) fn fixture(name: &str) -> PathBuf {
 
 pub(crate) fn expected(name: &str) -> HashMap<String, Tensor> {
     candle_core::safetensors::load(fixture(&format!("{name}.expected.safetensors")), &Device::Cpu).unwrap()
+}
+
+/// LoRA of rank 4 on the modules of a pattern.
+pub(crate) fn rank_four(target_modules: &str, init_lora_weights: InitLoraWeights) -> LoraOptions {
+    LoraOptions {
+        r: 4,
+        lora_alpha: 8.0,
+        init_lora_weights,
+        targets: Targets {
+            target_modules: TargetModules::Pattern(target_modules.into()),
+            ..Targets::default()
+        },
+        ..LoraOptions::default()
+    }
 }
 
 pub(crate) fn floats(tensor: &Tensor) -> Vec<f32> {

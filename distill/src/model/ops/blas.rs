@@ -63,42 +63,29 @@ pub(super) fn gemm<T: Real>(
     // the pointers are cast to the type that T is, and the scalars live through the call.
     #[expect(unsafe_code, reason = "BLAS is a C interface")]
     unsafe {
+        macro_rules! call {
+            ($name:ident, $t:ty) => {{
+                let (alpha, keep) = (alpha as $t, keep as $t);
+                $name(
+                    &trans_b,
+                    &trans_a,
+                    &n,
+                    &m,
+                    &k,
+                    &alpha,
+                    b.cast(),
+                    &ldb,
+                    a.cast(),
+                    &lda,
+                    &keep,
+                    c.cast(),
+                    &ldc,
+                );
+            }};
+        }
         match T::DTYPE {
-            DType::F32 => {
-                let (alpha, keep) = (alpha as f32, keep as f32);
-                sgemm_(
-                    &trans_b,
-                    &trans_a,
-                    &n,
-                    &m,
-                    &k,
-                    &alpha,
-                    b.cast(),
-                    &ldb,
-                    a.cast(),
-                    &lda,
-                    &keep,
-                    c.cast(),
-                    &ldc,
-                );
-            }
-            DType::F64 => {
-                dgemm_(
-                    &trans_b,
-                    &trans_a,
-                    &n,
-                    &m,
-                    &k,
-                    &alpha,
-                    b.cast(),
-                    &ldb,
-                    a.cast(),
-                    &lda,
-                    &keep,
-                    c.cast(),
-                    &ldc,
-                );
-            }
+            DType::F32 => call!(sgemm_, f32),
+            DType::F64 => call!(dgemm_, f64),
             _ => return false,
         }
     }
