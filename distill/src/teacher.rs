@@ -13,6 +13,7 @@ use std::path::PathBuf;
 
 use pipit_convert::evaluate::EvaluateError;
 
+pub(crate) use checkpoint::copy_logits;
 pub use checkpoint::{BaseTeacher, CheckpointTeacher};
 pub use spec::Spec;
 

@@ -7,6 +7,7 @@ mod support;
 use std::path::{Path, PathBuf};
 
 use pipit_distill::data::Encoder;
+use pipit_distill::device::Place;
 use pipit_distill::teacher::cache::{Binding, Cached, Counts};
 use pipit_distill::teacher::gguf::GgufTeacher;
 use pipit_distill::teacher::vocabulary::check_tokenizer;
@@ -113,7 +114,7 @@ fn llama_cpp_says_what_candle_says_of_the_same_file_however_it_is_read() {
         logits.read(0..9, &mut first).unwrap();
         assert_eq!(first, whole[..first.len()]);
         let own = full(
-            CheckpointTeacher::open(&file, None)
+            CheckpointTeacher::open(&file, None, &Place::default())
                 .unwrap()
                 .score(&asked)
                 .unwrap(),

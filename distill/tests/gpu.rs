@@ -6,12 +6,14 @@
 mod support;
 
 use candle_core::Tensor;
-use pipit_distill::adapter::{LoraOptions, PrefixOptions, lora, prefix};
+use pipit_distill::adapter::{InitLoraWeights, LoraOptions, PrefixOptions, lora, prefix};
 use pipit_distill::device::{Place, Precision};
+use pipit_distill::loss::{Loss, Objective};
 use pipit_distill::model::{Keep, Mode, Model};
 use pipit_distill::optimizer::AdamWOptions;
 use pipit_distill::random::Random;
 use pipit_distill::rollout::{Stop, greedy};
+use pipit_distill::teacher::{Asked, CheckpointTeacher, Teacher};
 use pipit_distill::trainer::{Learner, LearnerOptions};
 use support::{batch, difference, expected, fixture, floats, largest_difference, rows};
 
@@ -99,6 +101,7 @@ fn adapted(name: &str, keep: Keep, with_prefix: bool, place: &Place) -> Model {
         let options = LoraOptions {
             lora_dropout: 0.2,
             use_dora: true,
+            init_lora_weights: InitLoraWeights::False,
             ..LoraOptions::default()
         };
         lora::add(&mut model, &options, name, &mut random).unwrap();
@@ -161,6 +164,60 @@ fn adapters_and_four_bits_are_the_cpus_in_every_type() {
                 greedy(&open(&gpu(Precision::Fp32)), &prompts, &stop).unwrap(),
                 answers
             );
+        }
+    }
+}
+
+/// Of a student with an adapter against its base: the loss and all gradients.
+fn distilled(name: &str, loss: Loss, place: &Place) -> (f64, Vec<f32>) {
+    let student = adapted(name, Keep::Frozen, false, place);
+    let mut teacher = CheckpointTeacher::open(&fixture(name), None, place).unwrap();
+    let sequences = rows(&expected(name));
+    let asked = sequences.iter().map(|(ids, labels)| Asked {
+        ids,
+        labels,
+        route: None,
+    });
+    let taught = teacher.score(&asked.collect::<Vec<_>>()).unwrap().into();
+    let objective = Objective {
+        loss,
+        temperature: 1.5,
+        t_squared: false,
+        top_k: None,
+        ce_weight: 0.1,
+        chunk: 5,
+    };
+    let (batch, mut learner) = (batch(&sequences), learner(&student));
+    let loss = learner
+        .accumulate(&batch, TRAIN, |hidden| {
+            let (loss, _) = student.distillation_loss(hidden, &batch, taught, &objective, TRAIN)?;
+            Ok(loss)
+        })
+        .unwrap();
+    let gradients = learner.gradients(1).unwrap();
+    let unit = |gradient: &Tensor| floats(&(gradient / gradients.norm).unwrap());
+    (loss, gradients.tensors().iter().flat_map(unit).collect())
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn a_loss_against_a_teacher_is_the_cpus() {
+    let jsd = Loss::Jsd {
+        beta: 0.3,
+        rescaled: false,
+    };
+    for name in MODELS {
+        for loss in [Loss::ForwardKl, Loss::ReverseKl, jsd] {
+            let (on_cpu, gradients) = distilled(name, loss, &Place::default());
+            for (precision, bound) in [(Precision::Fp32, 1e-4), (Precision::Bf16, 5e-2)] {
+                let (ours, other) = distilled(name, loss, &gpu(precision));
+                assert!(
+                    (ours - on_cpu).abs() < bound * on_cpu,
+                    "{name}, {loss:?} in {precision}: {ours} and {on_cpu}"
+                );
+                let worst = difference(&gradients, &other);
+                assert!(f64::from(worst) < bound, "{name}, {loss:?} in {precision}: {worst}");
+            }
         }
     }
 }

@@ -6,6 +6,7 @@ mod support;
 
 use candle_core::Tensor;
 use pipit_distill::adapter::{Adapter, InitLoraWeights, lora};
+use pipit_distill::device::Place;
 use pipit_distill::loss::{Loss, Measures, Objective};
 use pipit_distill::model::{Keep, Mode, Model};
 use pipit_distill::optimizer::AdamWOptions;
@@ -128,7 +129,7 @@ fn a_mapped_checkpoint_gives_the_bits_of_one_in_memory() {
         "tiny-qwen3",
         "tiny-gemma3",
     ] {
-        let mut teacher = CheckpointTeacher::open(&fixture(name), None).unwrap();
+        let mut teacher = CheckpointTeacher::open(&fixture(name), None, &Place::default()).unwrap();
         assert!(teacher.model().quantized().count() > 0 && teacher.name().ends_with(name));
         assert_eq!(teacher.vocab_size(), 256);
         let ours = logits(&mut teacher, &sequences);
@@ -154,7 +155,7 @@ fn a_teacher_with_an_adapter_is_the_adapted_model() {
         let config = std::fs::read(dir.join("adapter_config.json")).unwrap();
         let config: serde_json::Value = serde_json::from_slice(&config).unwrap();
         let base = fixture(config["base_model_name_or_path"].as_str().unwrap());
-        let mut teacher = CheckpointTeacher::open(&base, Some(&dir)).unwrap();
+        let mut teacher = CheckpointTeacher::open(&base, Some(&dir), &Place::default()).unwrap();
         let mut model = Model::open(&base, false).unwrap();
         Adapter::load(&mut model, &dir).unwrap();
         let theirs = logits_of(&model, &sequences, Mode::INFERENCE);
@@ -223,7 +224,7 @@ fn a_student_that_is_its_teacher_does_not_drift() {
                 .iter()
                 .map(|(_, var)| var.copy().unwrap())
                 .collect();
-            let mut teacher = CheckpointTeacher::open(&fixture(name), None).unwrap();
+            let mut teacher = CheckpointTeacher::open(&fixture(name), None, &Place::default()).unwrap();
             let options = LearnerOptions {
                 adamw: AdamWOptions {
                     beta1: 0.9,
@@ -266,7 +267,7 @@ fn a_student_that_is_its_teacher_does_not_drift() {
 #[test]
 fn a_batch_is_its_sequences_and_one_without_labels_counts_nothing() {
     let sequences = sequences();
-    let mut teacher = CheckpointTeacher::open(&fixture("tiny-untied"), None).unwrap();
+    let mut teacher = CheckpointTeacher::open(&fixture("tiny-untied"), None, &Place::default()).unwrap();
     let model = Model::open(&fixture("tiny-tied"), true).unwrap();
     let objective = objective(JSD);
     let (loss, gradients, _) = run(&model, &mut teacher, &sequences, &objective);
@@ -298,7 +299,7 @@ fn a_batch_is_its_sequences_and_one_without_labels_counts_nothing() {
 #[test]
 fn the_chunk_changes_nothing_whatever_the_output_layer() {
     let sequences = sequences();
-    let mut teacher = CheckpointTeacher::open(&fixture("tiny-untied"), None).unwrap();
+    let mut teacher = CheckpointTeacher::open(&fixture("tiny-untied"), None, &Place::default()).unwrap();
     let blocks = Keep::Nf4 { double_quant: true };
     let on_head = r".*(lm_head|q_proj|down_proj)";
     let models = [
@@ -370,7 +371,7 @@ fn the_chunk_changes_nothing_whatever_the_output_layer() {
 fn a_student_comes_to_answer_like_its_teacher() {
     let sequences = sequences();
     let (training, held_out) = sequences.split_at(6);
-    let mut teacher = CheckpointTeacher::open(&fixture("tiny-untied"), None).unwrap();
+    let mut teacher = CheckpointTeacher::open(&fixture("tiny-untied"), None, &Place::default()).unwrap();
     let model = Model::open(&fixture("tiny-tied"), true).unwrap();
     let forward = objective(Loss::ForwardKl);
     let before = run(&model, &mut teacher, training, &forward).0;

@@ -11,7 +11,7 @@ use crate::batch::Batch;
 use crate::data::Sample;
 use crate::model::{Mode, Model};
 use crate::opd::Task;
-use crate::teacher::{Asked, LogitRows, Scores, Teacher};
+use crate::teacher::{Asked, LogitRows, Scores, Teacher, copy_logits};
 
 /// Rows of logits that exist at a time.
 const CHUNK: usize = 64;
@@ -252,11 +252,8 @@ impl LogitRows for StudentRows<'_> {
     }
 
     fn read(&self, rows: Range<usize>, out: &mut [f32]) -> candle_core::Result<()> {
-        let logits = self
-            .model
-            .logits(&self.hidden.narrow(0, rows.start, rows.len())?)?;
-        out.copy_from_slice(&logits.flatten_all()?.to_vec1::<f32>()?);
-        Ok(())
+        let hidden = self.hidden.narrow(0, rows.start, rows.len())?;
+        copy_logits(&self.model.logits(&hidden)?, out)
     }
 }
 

@@ -11,7 +11,7 @@
 
 use std::collections::BTreeMap;
 
-use candle_core::{Tensor, Var};
+use candle_core::{DType, Tensor, Var};
 use pipit_convert::gguf::TensorType;
 use pipit_convert::merge::{LowRank, add_low_rank};
 use pipit_convert::model::{ModelError, SourceModel, tensor_types};
@@ -243,7 +243,7 @@ impl Rounding {
         adapter: Option<&Adapter>,
     ) -> Result<Tensor, ThroughError> {
         let (rows, columns) = matrix.dims2()?;
-        let mut numbers = matrix.detach().flatten_all()?.to_vec1::<f32>()?;
+        let mut numbers = matrix.detach().flatten_all()?.to_dtype(DType::F32)?.to_vec1::<f32>()?;
         let low_rank = match adapter {
             Some(adapter) => Some((
                 adapter.a.flatten_all()?.to_vec1::<f32>()?,
@@ -283,6 +283,7 @@ impl Rounding {
             }
             Ok::<(), ThroughError>(())
         })?;
-        Ok(Tensor::from_vec(numbers, matrix.dims(), matrix.device())?)
+        let numbers = Tensor::from_vec(numbers, matrix.dims(), matrix.device())?;
+        Ok(numbers.to_dtype(matrix.dtype())?)
     }
 }

@@ -4,16 +4,17 @@ use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
-use candle_core::{Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor};
 
 use super::{Asked, LogitRows, Scores, Teacher, TeacherError};
 use crate::adapter::Adapter;
 use crate::batch::Batch;
-use crate::model::ops::{Frozen, with_elements};
+use crate::device::Place;
+use crate::model::ops::{Frozen, frozen_linear, is_composed, with_elements};
 use crate::model::{HEAD, Keep, Mode, Model, Weight};
 
-/// A checkpoint folder, with an adapter or without. Its matrices stay in the file, in their own type, and are in memory
-/// a part at a time.
+/// A checkpoint folder, with an adapter or without. On the CPU its matrices stay in the file, in their own type, and are in
+/// memory a part at a time; a GPU has them in its memory.
 #[derive(Debug)]
 pub struct CheckpointTeacher {
     model: Arc<Model>,
@@ -22,8 +23,12 @@ pub struct CheckpointTeacher {
 
 impl CheckpointTeacher {
     /// Opens a checkpoint, and the adapter that was trained on it.
-    pub fn open(path: &Path, adapter: Option<&Path>) -> std::result::Result<Self, TeacherError> {
-        let mut model = Model::open_as(path, Keep::Mapped)?;
+    pub fn open(
+        path: &Path,
+        adapter: Option<&Path>,
+        place: &Place,
+    ) -> std::result::Result<Self, TeacherError> {
+        let mut model = Model::open_on(path, Keep::Mapped, place)?;
         let mut name = path.display().to_string();
         if let Some(adapter) = adapter {
             Adapter::load(&mut model, adapter)?;
@@ -145,16 +150,25 @@ impl LogitRows for HiddenRows {
     fn read(&self, rows: Range<usize>, out: &mut [f32]) -> Result<()> {
         let hidden = self.hidden.narrow(0, rows.start, rows.len())?.contiguous()?;
         match &self.head {
+            Head::Matrix(weight) if is_composed(&hidden) => {
+                copy_logits(&frozen_linear(&hidden, weight)?, out)
+            }
             Head::Matrix(weight) => {
                 let sizes = weight.sizes(hidden.dims())?;
                 with_elements::<f32, _>(&hidden, "teacher", |hidden| {
                     weight.forward_into("teacher", hidden, sizes, out)
                 })
             }
-            Head::OfModel(model) => with_elements::<f32, _>(&model.logits(&hidden)?, "teacher", |logits| {
-                out.copy_from_slice(logits);
-                Ok(())
-            }),
+            Head::OfModel(model) => copy_logits(&model.logits(&hidden)?, out),
         }
     }
+}
+
+/// Logits from wherever they are, as f32.
+pub(crate) fn copy_logits(logits: &Tensor, out: &mut [f32]) -> Result<()> {
+    let logits = logits.to_dtype(DType::F32)?.to_device(&Device::Cpu)?.contiguous()?;
+    with_elements::<f32, _>(&logits, "logits", |logits| {
+        out.copy_from_slice(logits);
+        Ok(())
+    })
 }

@@ -131,11 +131,14 @@ impl Opener<'_> {
     fn checkpoint(&self, path: &Path) -> anyhow::Result<Here> {
         let adapter = self.settings.distillation.teacher_adapter.as_path();
         let adapter = Some(adapter).filter(|path| !path.as_os_str().is_empty());
-        let teacher = CheckpointTeacher::open(path, adapter)?;
+        let teacher = CheckpointTeacher::open(path, adapter, self.prepared.student.model.place())?;
         let model = teacher.model();
         let dense = model
             .weights()
-            .map(|weight| 4 * weight.get(crate::model::Mode::INFERENCE).elem_count());
+            .map(|weight| {
+                let weight = weight.get(crate::model::Mode::INFERENCE);
+                weight.elem_count() * weight.dtype().size_in_bytes()
+            });
         let quantized = model.quantized().map(|rows| rows.bytes());
         Ok(Here {
             bytes: dense.chain(quantized).sum::<usize>() as u64,

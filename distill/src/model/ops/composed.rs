@@ -12,7 +12,7 @@ mod loss;
 pub(super) use attention::attention;
 use candle_core::{D, DType, Device, Result, Tensor};
 use given::{given, recomputed};
-pub(super) use loss::{cross_entropy, frozen_cross_entropy, lora_cross_entropy};
+pub(super) use loss::{frozen_head_loss, head_loss, lora_head_loss};
 
 use super::{Dropout, Frozen, Rotation};
 
@@ -302,49 +302,46 @@ mod tests {
         }
     }
 
+    fn targets(chunk: usize) -> Targets {
+        Targets {
+            rows: vec![(0, 3), (2, 0), (3, 6), (5, 3)],
+            chunk,
+        }
+    }
+
     #[test]
     fn the_loss_is_the_kernel() {
         let (hidden, w) = (random(&[6, 4], 16), random(&[7, 4], 17));
-        let targets = Targets {
-            rows: vec![(0, 3), (2, 0), (3, 6), (5, 3)],
-            chunk: 3,
-        };
         let frozen = Frozen::Dense(w.as_detached_tensor());
         same(
             &[&hidden, &w],
-            || ops::cross_entropy(&hidden, &w, targets.clone()),
-            || cross_entropy(&hidden, &w, &targets),
+            || ops::cross_entropy(&hidden, &w, targets(3)),
+            || head_loss(&hidden, &w, &targets(3)),
         );
         same(
             &[&hidden],
-            || ops::frozen_cross_entropy(&hidden, &frozen, targets.clone()),
-            || frozen_cross_entropy(&hidden, &frozen, &targets),
+            || ops::frozen_cross_entropy(&hidden, &frozen, targets(3)),
+            || frozen_head_loss(&hidden, &frozen, &targets(3)),
         );
     }
+
     #[test]
     fn the_loss_under_an_adapter_is_the_kernel() {
-        let (hidden, w) = (random(&[5, 4], 60), random(&[7, 4], 61));
-        let (down, b, factors) = (random(&[5, 2], 62), random(&[7, 2], 63), random(&[7], 64));
+        let (hidden, w) = (random(&[6, 4], 60), random(&[7, 4], 61));
+        let (down, b, factors) = (random(&[6, 2], 62), random(&[7, 2], 63), random(&[7], 64));
         let frozen = Frozen::Dense(w.as_detached_tensor());
         for chunk in [1, 3, 8] {
-            let targets = Targets {
-                rows: vec![(0, 3), (2, 0), (3, 6), (4, 3)],
-                chunk,
-            };
             for factors in [None, Some(&factors)] {
                 let vars: Vec<&Var> = [&hidden, &down, &b].into_iter().chain(factors).collect();
-                let factors = factors.map(Var::as_tensor);
+                let adapter = ops::HeadAdapter {
+                    down: &down,
+                    b: &b,
+                    factors: factors.map(Var::as_tensor),
+                };
                 same(
                     &vars,
-                    || {
-                        let adapter = ops::HeadAdapter {
-                            down: &down,
-                            b: &b,
-                            factors,
-                        };
-                        ops::lora_cross_entropy(&hidden, &frozen, adapter, targets.clone())
-                    },
-                    || lora_cross_entropy(&hidden, &frozen, &down, &b, factors, &targets),
+                    || ops::lora_cross_entropy(&hidden, &frozen, adapter, targets(chunk)),
+                    || lora_head_loss(&hidden, &frozen, adapter, &targets(chunk)),
                 );
             }
         }

@@ -3,7 +3,6 @@
 use candle_core::{Result, Tensor};
 use rayon::prelude::*;
 
-use super::composed;
 use super::frozen::Frozen;
 use super::head_loss::{Criterion, Targets, frozen_head_loss, head_loss};
 use super::lora_head_loss::{HeadAdapter, lora_head_loss};
@@ -12,17 +11,11 @@ use super::real::Real;
 /// The **sum** over the targets of −log softmax(hidden·Wᵀ)\[token\], a scalar. hidden `[rows, d]`,
 /// weight `[vocabulary, d]`, which gets a gradient too.
 pub fn cross_entropy(hidden: &Tensor, weight: &Tensor, targets: Targets) -> Result<Tensor> {
-    if composed::is_for(hidden) {
-        return composed::cross_entropy(hidden, weight, &targets);
-    }
     head_loss(hidden, weight, targets)
 }
 
 /// The same with a weight that gets no gradient.
 pub fn frozen_cross_entropy(hidden: &Tensor, weight: &Frozen, targets: Targets) -> Result<Tensor> {
-    if composed::is_for(hidden) {
-        return composed::frozen_cross_entropy(hidden, weight, &targets);
-    }
     frozen_head_loss(hidden, weight, targets)
 }
 
@@ -33,16 +26,6 @@ pub fn lora_cross_entropy(
     adapter: HeadAdapter<'_>,
     targets: Targets,
 ) -> Result<Tensor> {
-    if composed::is_for(hidden) {
-        return composed::lora_cross_entropy(
-            hidden,
-            weight,
-            adapter.down,
-            adapter.b,
-            adapter.factors,
-            &targets,
-        );
-    }
     lora_head_loss(hidden, weight, adapter, targets)
 }
 
@@ -60,6 +43,21 @@ impl Criterion for Targets {
             .map(|(logits, (_, token))| loss_and_gradient(logits, *token as usize))
             .collect();
         Ok(losses.iter().sum())
+    }
+
+    fn compute_there(&self, first: usize, logits: &Tensor, with_gradient: bool) -> Result<(Tensor, Option<Tensor>)> {
+        let (count, _) = logits.dims2()?;
+        let tokens = self.rows[first..first + count].iter().map(|(_, token)| *token);
+        let tokens = Tensor::from_iter(tokens, logits.device())?.unsqueeze(1)?;
+        let shifted = logits.broadcast_sub(&logits.max_keepdim(1)?)?;
+        let exp = shifted.exp()?;
+        let sum = exp.sum_keepdim(1)?;
+        let loss = (sum.log()? - shifted.gather(&tokens, 1)?)?.sum_all()?;
+        let gradient = || -> Result<Tensor> {
+            let minus_one = Tensor::full(-1f32, tokens.shape(), logits.device())?.to_dtype(exp.dtype())?;
+            exp.broadcast_div(&sum)?.scatter_add(&tokens, &minus_one, 1)
+        };
+        Ok((loss, with_gradient.then(gradient).transpose()?))
     }
 }
 

@@ -8,6 +8,7 @@ use std::sync::Mutex;
 
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor};
 
+use super::composed;
 use super::frozen::Frozen;
 use super::gemm::{Mat, Threads, gemm};
 use super::real::{Real, dtype, elements, for_real, tensor};
@@ -32,6 +33,18 @@ pub(crate) trait Criterion: Send + Sync + 'static {
     /// The loss of some rows, a sum, and in place of their logits, `[rows, vocabulary]`, its gradient. `first` is the
     /// place of the first of them among the targets.
     fn compute<T: Real>(&self, first: usize, logits: &mut [T], vocabulary: usize) -> Result<f64>;
+
+    /// The same of logits in f32 on a device: the loss, a scalar there, and its gradient, which may be left out where
+    /// none is needed. Unless there is a better way, the logits come to the CPU, and their gradient goes back.
+    fn compute_there(&self, first: usize, logits: &Tensor, _with_gradient: bool) -> Result<(Tensor, Option<Tensor>)> {
+        let (_, vocabulary) = logits.dims2()?;
+        for_real!(logits.dtype(), Self::NAME, T => {
+            let mut numbers = logits.flatten_all()?.to_vec1::<T>()?;
+            let loss = self.compute(first, &mut numbers, vocabulary)?;
+            let gradient = Tensor::from_vec(numbers, logits.dims(), logits.device())?;
+            Ok((Tensor::new(T::of(loss), logits.device())?, Some(gradient)))
+        })
+    }
 }
 
 impl Targets {
@@ -70,6 +83,9 @@ struct HeadLoss<C> {
 
 /// The loss of hidden·Wᵀ, a scalar. hidden `[rows, d]`, weight `[vocabulary, d]`, which gets a gradient too.
 pub(super) fn head_loss<C: Criterion>(hidden: &Tensor, weight: &Tensor, criterion: C) -> Result<Tensor> {
+    if composed::is_for(hidden) {
+        return composed::head_loss(hidden, weight, &criterion);
+    }
     let op = HeadLoss {
         criterion,
         weight: Frozen::Dense(weight.detach()),
@@ -86,6 +102,9 @@ pub(super) fn frozen_head_loss<C: Criterion>(
     weight: &Frozen,
     criterion: C,
 ) -> Result<Tensor> {
+    if composed::is_for(hidden) {
+        return composed::frozen_head_loss(hidden, weight, &criterion);
+    }
     let op = HeadLoss {
         criterion,
         weight: weight.clone(),

@@ -6,6 +6,7 @@ use std::sync::Mutex;
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, WithDType as _};
 use rayon::prelude::*;
 
+use super::composed;
 use super::frozen::Frozen;
 use super::gemm::{Mat, Threads, gemm};
 use super::head_loss::Criterion;
@@ -43,6 +44,9 @@ pub(super) fn lora_head_loss<C: Criterion>(
     adapter: HeadAdapter<'_>,
     criterion: C,
 ) -> Result<Tensor> {
+    if composed::is_for(hidden) {
+        return composed::lora_head_loss(hidden, weight, adapter, &criterion);
+    }
     let HeadAdapter { down, b, factors } = adapter;
     // An operation of candle has three arguments at most: hidden and down go side by side.
     let x = Tensor::cat(&[hidden, down], 1)?.contiguous()?;

@@ -1,4 +1,4 @@
-//! The output layer and cross-entropy of candle's own operations, a chunk of rows at a time. As in the kernels the
+//! The output layer and a loss over its logits, of candle's own operations, a chunk of rows at a time. As in the kernels the
 //! gradients are computed in the forward pass, while a chunk's logits are at hand.
 
 use std::sync::{Mutex, PoisonError};
@@ -7,9 +7,8 @@ use candle_core::{Result, Tensor};
 
 use super::given::{Gradients, given};
 use super::wide;
-use crate::model::ops::{Frozen, Targets};
-
-const OP: &str = "cross_entropy";
+use crate::model::ops::head_loss::Criterion;
+use crate::model::ops::{Frozen, HeadAdapter};
 
 /// What makes logits of hidden states: (hidden·Wᵀ + down·Bᵀ) ∘ factors, in the type of the hidden states but for the
 /// factors.
@@ -60,28 +59,22 @@ impl Layer {
     }
 
     /// hidden `[rows, d]`, down `[rows, r]` where there is an adapter.
-    fn sums(
+    fn sums<C: Criterion>(
         &self,
         hidden: &Tensor,
         down: Option<&Tensor>,
-        targets: &Targets,
+        criterion: &C,
         with_dw: bool,
         with_gradient: bool,
     ) -> Result<Sums> {
-        let device = hidden.device();
-        let (rows, vocabulary) = (hidden.dim(0)?, self.weight.dim(0)?);
-        let outside = |(row, token): &&(usize, u32)| *row >= rows || *token as usize >= vocabulary;
-        if let Some((row, token)) = targets.rows.iter().find(outside) {
-            candle_core::bail!("{OP}: row {row} of {rows}, token {token} of {vocabulary}");
-        }
+        let (device, targets) = (hidden.device(), criterion.targets());
+        targets.check(C::NAME, hidden.dim(0)?, self.weight.dim(0)?)?;
         let mut loss = Tensor::zeros((), wide(hidden)?.dtype(), device)?;
         let (mut d_hidden, mut d_down) = (Vec::new(), Vec::new());
         let (mut d_weight, mut d_b, mut d_factors) = (None, None, None);
-        for chunk in targets.rows.chunks(targets.chunk.max(1)) {
+        for (first, chunk) in targets.chunks() {
             let rows: Vec<u32> = chunk.iter().map(|(row, _)| *row as u32).collect();
             let rows = Tensor::new(rows, device)?;
-            let tokens: Vec<u32> = chunk.iter().map(|(_, token)| *token).collect();
-            let tokens = Tensor::new(tokens, device)?.unsqueeze(1)?;
             let x = hidden.index_select(&rows, 0)?;
             let mut logits = wide(&x.matmul(&self.weight.t()?)?)?;
             let adapter = match (&self.lora_b, down) {
@@ -95,16 +88,11 @@ impl Layer {
             if let Some(factors) = &self.factors {
                 logits = logits.broadcast_mul(factors)?;
             }
-            let shifted = logits.broadcast_sub(&logits.max_keepdim(1)?)?;
-            let exp = shifted.exp()?;
-            let sum = exp.sum_keepdim(1)?;
-            let losses = (sum.log()? - shifted.gather(&tokens, 1)?)?;
-            loss = (loss + losses.sum_all()?)?;
-            if !with_gradient {
+            let (of_chunk, d_logits) = criterion.compute_there(first, &logits, with_gradient)?;
+            loss = (loss + of_chunk)?;
+            let Some(mut d_logits) = d_logits.filter(|_| with_gradient) else {
                 continue;
-            }
-            let minus_one = Tensor::full(-1f32, tokens.shape(), device)?.to_dtype(exp.dtype())?;
-            let mut d_logits = exp.broadcast_div(&sum)?.scatter_add(&tokens, &minus_one, 1)?;
+            };
             if let Some(factors) = &self.factors {
                 add(&mut d_factors, (&d_logits * before)?.sum(0)?)?;
                 d_logits = d_logits.broadcast_mul(factors)?;
@@ -132,11 +120,11 @@ impl Layer {
 }
 
 /// Scales gradients that were kept from the forward pass; they are given away, so that they do not stay in memory.
-fn kept(gradients: Vec<Tensor>) -> impl Fn(&[&Tensor], &Tensor) -> Result<Gradients> {
+fn kept(name: &'static str, gradients: Vec<Tensor>) -> impl Fn(&[&Tensor], &Tensor) -> Result<Gradients> {
     let kept = Mutex::new(Some(gradients));
     move |args, grad| {
         let Some(gradients) = kept.lock().unwrap_or_else(PoisonError::into_inner).take() else {
-            candle_core::bail!("{OP}: backward twice")
+            candle_core::bail!("{name}: backward twice")
         };
         // In f32: a large factor (fp16's) does not fit into a short type.
         let scaled = |(gradient, arg): (Tensor, &&Tensor)| {
@@ -152,61 +140,56 @@ fn or_zeros(sum: Option<Tensor>, like: &Tensor) -> Result<Tensor> {
     sum.map_or_else(|| like.zeros_like(), Ok)
 }
 
-/// [`frozen_cross_entropy`](crate::model::ops::frozen_cross_entropy).
-pub(in crate::model::ops) fn frozen_cross_entropy(
+/// [`frozen_head_loss`](crate::model::ops::head_loss::frozen_head_loss).
+pub(in crate::model::ops) fn frozen_head_loss<C: Criterion>(
     hidden: &Tensor,
     weight: &Frozen,
-    targets: &Targets,
+    criterion: &C,
 ) -> Result<Tensor> {
     let layer = Layer::of(weight, hidden)?;
-    let sums = layer.sums(&hidden.detach(), None, targets, false, hidden.track_op())?;
-    given(OP, &[hidden], sums.loss, kept(vec![sums.d_hidden]))
+    let sums = layer.sums(&hidden.detach(), None, criterion, false, hidden.track_op())?;
+    given(C::NAME, &[hidden], sums.loss, kept(C::NAME, vec![sums.d_hidden]))
 }
 
-/// [`cross_entropy`](crate::model::ops::cross_entropy()).
-pub(in crate::model::ops) fn cross_entropy(
+/// [`head_loss`](crate::model::ops::head_loss::head_loss).
+pub(in crate::model::ops) fn head_loss<C: Criterion>(
     hidden: &Tensor,
     weight: &Tensor,
-    targets: &Targets,
+    criterion: &C,
 ) -> Result<Tensor> {
     let layer = Layer::of(&Frozen::Dense(weight.detach()), hidden)?;
-    let sums = layer.sums(&hidden.detach(), None, targets, true, true)?;
+    let sums = layer.sums(&hidden.detach(), None, criterion, true, true)?;
     let d_weight = or_zeros(sums.d_weight, weight)?;
-    given(
-        OP,
-        &[hidden, weight],
-        sums.loss,
-        kept(vec![sums.d_hidden, d_weight]),
-    )
+    let gradients = kept(C::NAME, vec![sums.d_hidden, d_weight]);
+    given(C::NAME, &[hidden, weight], sums.loss, gradients)
 }
 
-/// [`lora_cross_entropy`](crate::model::ops::lora_cross_entropy()).
-pub(in crate::model::ops) fn lora_cross_entropy(
+/// [`lora_head_loss`](crate::model::ops::lora_head_loss::lora_head_loss).
+pub(in crate::model::ops) fn lora_head_loss<C: Criterion>(
     hidden: &Tensor,
     weight: &Frozen,
-    down: &Tensor,
-    lora_b: &Tensor,
-    factors: Option<&Tensor>,
-    targets: &Targets,
+    adapter: HeadAdapter<'_>,
+    criterion: &C,
 ) -> Result<Tensor> {
+    let HeadAdapter { down, b, factors } = adapter;
     let (d, r, dtype) = (hidden.dim(1)?, down.dim(1)?, hidden.dtype());
     let layer = Layer {
-        lora_b: Some(lora_b.detach().to_dtype(dtype)?),
+        lora_b: Some(b.detach().to_dtype(dtype)?),
         factors: factors.map(|factors| wide(&factors.detach())).transpose()?,
         ..Layer::of(weight, hidden)?
     };
     // An operation of candle has three arguments at most: hidden and down go side by side.
     let x = Tensor::cat(&[hidden, &down.to_dtype(dtype)?], 1)?;
     let part = |from: usize, width: usize| x.detach().narrow(1, from, width)?.contiguous();
-    let with_gradient = x.track_op() || lora_b.track_op() || factors.is_some_and(Tensor::track_op);
-    let sums = layer.sums(&part(0, d)?, Some(&part(d, r)?), targets, false, with_gradient)?;
+    let with_gradient = x.track_op() || b.track_op() || factors.is_some_and(Tensor::track_op);
+    let sums = layer.sums(&part(0, d)?, Some(&part(d, r)?), criterion, false, with_gradient)?;
     let mut dx = vec![sums.d_hidden];
     dx.extend(sums.d_down);
-    let mut gradients = vec![Tensor::cat(&dx, 1)?, or_zeros(sums.d_b, lora_b)?];
-    let mut args = vec![&x, lora_b];
+    let mut gradients = vec![Tensor::cat(&dx, 1)?, or_zeros(sums.d_b, b)?];
+    let mut args = vec![&x, b];
     if let Some(factors) = factors {
         gradients.push(or_zeros(sums.d_factors, factors)?);
         args.push(factors);
     }
-    given(OP, &args, sums.loss, kept(gradients))
+    given(C::NAME, &args, sums.loss, kept(C::NAME, gradients))
 }
