@@ -12,7 +12,8 @@ mod reverse_kl;
 mod skew;
 mod total_variation;
 
-pub(crate) use categories::{Category, Divergence, log_softmax, sum};
+use candle_core::{Result as CandleResult, Tensor};
+pub(crate) use categories::{Category, Divergence, composed_kl, composed_log_softmax, log_softmax, sum};
 pub(crate) use policy_gradient::Sampled;
 
 use crate::model::ops::Real;
@@ -148,6 +149,31 @@ impl Scores {
     }
 }
 
+/// Runs `$body` with `$loss` standing for the divergence that a loss is, or `$none` where it is none.
+macro_rules! with_divergence {
+    ($which:expr, $loss:ident => $body:expr, $none:expr) => {{
+        macro_rules! with {
+            ($divergence:expr) => {{
+                let $loss = $divergence;
+                $body
+            }};
+        }
+        match $which {
+            Loss::ForwardKl | Loss::Jsd { beta: 0.0, .. } | Loss::SkewForwardKl { alpha: 0.0 } => {
+                with!(forward_kl::ForwardKl)
+            }
+            Loss::ReverseKl | Loss::Jsd { beta: 1.0, .. } | Loss::SkewReverseKl { alpha: 0.0 } => {
+                with!(reverse_kl::ReverseKl)
+            }
+            Loss::Jsd { beta, rescaled } => with!(jsd::Jsd::new(beta, rescaled)),
+            Loss::SkewForwardKl { alpha } => with!(skew::SkewForwardKl(alpha)),
+            Loss::SkewReverseKl { alpha } => with!(skew::SkewReverseKl(alpha)),
+            Loss::TotalVariation => with!(total_variation::TotalVariation),
+            Loss::PolicyGradient { .. } => $none,
+        }
+    }};
+}
+
 impl Loss {
     /// Its name.
     pub fn name(self) -> &'static str {
@@ -165,22 +191,16 @@ impl Loss {
     /// The loss between log-probabilities of the same categories, and in place of `log_q` the gradient by logits whose
     /// softmax is Q. What is left in `log_p` means nothing. A policy gradient is none between probabilities: zero.
     pub(crate) fn of_log_probabilities<T: Real>(self, log_p: &mut [T], log_q: &mut [T]) -> f64 {
-        match self {
-            Self::ForwardKl | Self::Jsd { beta: 0.0, .. } | Self::SkewForwardKl { alpha: 0.0 } => {
-                forward_kl::ForwardKl.compute(log_p, log_q)
-            }
-            Self::ReverseKl | Self::Jsd { beta: 1.0, .. } | Self::SkewReverseKl { alpha: 0.0 } => {
-                reverse_kl::ReverseKl.compute(log_p, log_q)
-            }
-            Self::Jsd { beta, rescaled } => jsd::Jsd::new(beta, rescaled).compute(log_p, log_q),
-            Self::SkewForwardKl { alpha } => skew::SkewForwardKl(alpha).compute(log_p, log_q),
-            Self::SkewReverseKl { alpha } => skew::SkewReverseKl(alpha).compute(log_p, log_q),
-            Self::TotalVariation => total_variation::TotalVariation.compute(log_p, log_q),
-            Self::PolicyGradient { .. } => {
-                log_q.fill(T::zero());
-                0.0
-            }
-        }
+        let none = |log_q: &mut [T]| {
+            log_q.fill(T::zero());
+            0.0
+        };
+        with_divergence!(self, loss => loss.compute(log_p, log_q), none(log_q))
+    }
+
+    /// The same of tensors, `[rows, tokens]`, by candle's differentiable operations: a scalar.
+    pub(crate) fn composed(self, log_p: &Tensor, log_q: &Tensor) -> CandleResult<Tensor> {
+        with_divergence!(self, loss => loss.composed(log_p, log_q), Tensor::zeros((), log_q.dtype(), log_q.device()))
     }
 }
 

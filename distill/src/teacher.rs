@@ -11,6 +11,7 @@ pub mod vocabulary;
 use std::ops::Range;
 use std::path::PathBuf;
 
+use candle_core::{Device, Tensor};
 use pipit_convert::evaluate::EvaluateError;
 
 pub(crate) use checkpoint::copy_logits;
@@ -61,6 +62,13 @@ pub trait LogitRows: Send + Sync {
     fn vocab_size(&self) -> usize;
     /// Fills `out`, `[rows, vocab_size]`.
     fn read(&self, rows: Range<usize>, out: &mut [f32]) -> candle_core::Result<()>;
+    /// The same as a tensor on a device, `[rows, vocab_size]`.
+    fn there(&self, rows: Range<usize>, device: &Device) -> candle_core::Result<Tensor> {
+        let shape = (rows.len(), self.vocab_size());
+        let mut logits = vec![0.0; shape.0 * shape.1];
+        self.read(rows, &mut logits)?;
+        Tensor::from_vec(logits, shape, device)
+    }
 }
 
 /// The k most probable tokens of every row; all others together are the tail, 1 − Σ exp(logprobs).

@@ -216,7 +216,10 @@ fn a_loss_against_a_teacher_is_the_cpus() {
                     "{name}, {loss:?} in {precision}: {ours} and {on_cpu}"
                 );
                 let worst = difference(&gradients, &other);
-                assert!(f64::from(worst) < bound, "{name}, {loss:?} in {precision}: {worst}");
+                assert!(
+                    f64::from(worst) < bound,
+                    "{name}, {loss:?} in {precision}: {worst}"
+                );
             }
         }
     }

@@ -1,5 +1,7 @@
 //! What all losses between two distributions share: a sum over categories, and its gradient by logits.
 
+use candle_core::{D, Result, Tensor};
+
 use crate::model::ops::Real;
 
 /// So many numbers are added in their own type before they are in f64: 50,000 small f32 add up without a loss, in the
@@ -23,6 +25,10 @@ pub(crate) trait Divergence: Copy {
     /// Differences such as Σq − Σp, which are zero, may be part of the loss: they keep every part positive, and take
     /// away the rounding of the logarithms.
     fn part<T: Real>(self, at: Category<T>) -> [T; 2];
+
+    /// The loss as an expression of candle's differentiable operations, for devices: log P and log Q, `[rows, tokens]` →
+    /// a scalar.
+    fn composed(self, log_p: &Tensor, log_q: &Tensor) -> Result<Tensor>;
 
     /// The loss. In place of `log_q` is left the gradient by logits whose softmax is Q.
     fn compute<T: Real>(self, log_p: &mut [T], log_q: &mut [T]) -> f64 {
@@ -52,6 +58,20 @@ pub(crate) trait Divergence: Copy {
         }
         loss
     }
+}
+
+/// Σ A(log A − log B), of tensors.
+pub(crate) fn composed_kl(log_a: &Tensor, log_b: &Tensor) -> Result<Tensor> {
+    (log_a.exp()? * (log_a - log_b)?)?.sum_all()
+}
+
+/// log softmax(x · scale) of every row, of tensors.
+pub(crate) fn composed_log_softmax(x: &Tensor, scale: f64) -> Result<Tensor> {
+    let shifted = x
+        .broadcast_sub(&x.detach().max_keepdim(D::Minus1)?)?
+        .affine(scale, 0.0)?;
+    let log_sum = shifted.exp()?.sum_keepdim(D::Minus1)?.log()?;
+    shifted.broadcast_sub(&log_sum)
 }
 
 /// log softmax(x · scale), in place.

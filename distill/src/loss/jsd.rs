@@ -3,7 +3,9 @@
 //! DistiLLM's `js_distance(lam)` is the same with λ = 1 − β. The value goes to zero at both ends: the ends themselves
 //! are the full forward and reverse KL by convention, or the divergence is rescaled.
 
-use super::{Category, Divergence};
+use candle_core::{Result, Tensor};
+
+use super::{Category, Divergence, composed_kl};
 use crate::model::ops::Real;
 
 #[derive(Clone, Copy)]
@@ -32,6 +34,12 @@ impl Divergence for Jsd {
         let of_p = T::of(self.beta * self.scale) * p * (log_p - log_m);
         [of_p + of_q, of_q]
     }
+
+    fn composed(self, log_p: &Tensor, log_q: &Tensor) -> Result<Tensor> {
+        let log_m = composed_log_mixture(self.beta, log_p, log_q)?;
+        let (of_p, of_q) = (composed_kl(log_p, &log_m)?, composed_kl(log_q, &log_m)?);
+        (of_p * (self.beta * self.scale))? + (of_q * ((1.0 - self.beta) * self.scale))?
+    }
 }
 
 /// log(share · P + (1 − share) · Q), exactly log P where both are the same.
@@ -47,4 +55,11 @@ pub(super) fn log_mixture<T: Real>(share: T, log_p: T, log_q: T) -> T {
     let of_q = T::one() - share;
     let (of_larger, of_other) = if p_is_larger { (share, of_q) } else { (of_q, share) };
     larger + (of_larger + of_other * (other - larger).exp()).ln()
+}
+
+/// The same of tensors.
+pub(super) fn composed_log_mixture(share: f64, log_p: &Tensor, log_q: &Tensor) -> Result<Tensor> {
+    let larger = log_p.maximum(log_q)?.detach();
+    let part = |log: &Tensor, share: f64| (log - &larger)?.exp()?.affine(share, 0.0);
+    (part(log_p, share)? + part(log_q, 1.0 - share)?)?.log()? + larger
 }

@@ -2,8 +2,10 @@
 //! one of both finds a token impossible. The paper's code leaves −H(P) out of the forward one: its values are other
 //! ones, its gradients the same.
 
-use super::jsd::log_mixture;
-use super::{Category, Divergence};
+use candle_core::{Result, Tensor};
+
+use super::jsd::{composed_log_mixture, log_mixture};
+use super::{Category, Divergence, composed_kl};
 use crate::model::ops::Real;
 
 /// KL(P‖M), M = αP + (1−α)Q.
@@ -23,6 +25,10 @@ impl Divergence for SkewForwardKl {
         let slope = student * student * (q - p) * (log_q - log_m).exp();
         [p * (log_p - log_m) + student * (q - p), slope]
     }
+
+    fn composed(self, log_p: &Tensor, log_q: &Tensor) -> Result<Tensor> {
+        composed_kl(log_p, &composed_log_mixture(self.0, log_p, log_q)?)
+    }
 }
 
 impl Divergence for SkewReverseKl {
@@ -34,5 +40,9 @@ impl Divergence for SkewReverseKl {
         // Q(log Q − log M) − α·Q²/M, with α·Q added; M − Q = (1−α)(P − Q).
         let slope = product + T::of(self.0) * teacher * (p - q) * (log_q - log_m).exp();
         [product + teacher * (p - q), slope]
+    }
+
+    fn composed(self, log_p: &Tensor, log_q: &Tensor) -> Result<Tensor> {
+        composed_kl(log_q, &composed_log_mixture(1.0 - self.0, log_p, log_q)?)
     }
 }

@@ -1,5 +1,7 @@
 //! Total variation, ½ Σ|P − Q|.
 
+use candle_core::{Result, Tensor};
+
 use super::{Category, Divergence};
 use crate::model::ops::Real;
 
@@ -20,5 +22,9 @@ impl Divergence for TotalVariation {
             T::zero()
         };
         [half * difference, half * signed]
+    }
+
+    fn composed(self, log_p: &Tensor, log_q: &Tensor) -> Result<Tensor> {
+        (log_p.exp()? - log_q.exp()?)?.abs()?.sum_all()? * 0.5
     }
 }

@@ -243,7 +243,11 @@ impl Rounding {
         adapter: Option<&Adapter>,
     ) -> Result<Tensor, ThroughError> {
         let (rows, columns) = matrix.dims2()?;
-        let mut numbers = matrix.detach().flatten_all()?.to_dtype(DType::F32)?.to_vec1::<f32>()?;
+        let mut numbers = matrix
+            .detach()
+            .flatten_all()?
+            .to_dtype(DType::F32)?
+            .to_vec1::<f32>()?;
         let low_rank = match adapter {
             Some(adapter) => Some((
                 adapter.a.flatten_all()?.to_vec1::<f32>()?,

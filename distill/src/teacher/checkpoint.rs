@@ -138,6 +138,17 @@ fn score(model: &Model, head: Head, mode: Mode, sequences: &[Asked<'_>]) -> Resu
     })
 }
 
+impl HiddenRows {
+    /// Where the teacher is, in its type.
+    fn logits(&self, rows: Range<usize>) -> Result<Tensor> {
+        let hidden = self.hidden.narrow(0, rows.start, rows.len())?.contiguous()?;
+        match &self.head {
+            Head::Matrix(weight) => frozen_linear(&hidden, weight),
+            Head::OfModel(model) => model.logits(&hidden),
+        }
+    }
+}
+
 impl LogitRows for HiddenRows {
     fn rows(&self) -> usize {
         self.hidden.dims().first().copied().unwrap_or(0)
@@ -148,25 +159,29 @@ impl LogitRows for HiddenRows {
     }
 
     fn read(&self, rows: Range<usize>, out: &mut [f32]) -> Result<()> {
-        let hidden = self.hidden.narrow(0, rows.start, rows.len())?.contiguous()?;
         match &self.head {
-            Head::Matrix(weight) if is_composed(&hidden) => {
-                copy_logits(&frozen_linear(&hidden, weight)?, out)
-            }
-            Head::Matrix(weight) => {
+            Head::Matrix(weight) if !is_composed(&self.hidden) => {
+                let hidden = self.hidden.narrow(0, rows.start, rows.len())?.contiguous()?;
                 let sizes = weight.sizes(hidden.dims())?;
                 with_elements::<f32, _>(&hidden, "teacher", |hidden| {
                     weight.forward_into("teacher", hidden, sizes, out)
                 })
             }
-            Head::OfModel(model) => copy_logits(&model.logits(&hidden)?, out),
+            _ => copy_logits(&self.logits(rows)?, out),
         }
+    }
+
+    fn there(&self, rows: Range<usize>, device: &Device) -> Result<Tensor> {
+        self.logits(rows)?.to_device(device)?.to_dtype(DType::F32)
     }
 }
 
 /// Logits from wherever they are, as f32.
 pub(crate) fn copy_logits(logits: &Tensor, out: &mut [f32]) -> Result<()> {
-    let logits = logits.to_dtype(DType::F32)?.to_device(&Device::Cpu)?.contiguous()?;
+    let logits = logits
+        .to_dtype(DType::F32)?
+        .to_device(&Device::Cpu)?
+        .contiguous()?;
     with_elements::<f32, _>(&logits, "logits", |logits| {
         out.copy_from_slice(logits);
         Ok(())

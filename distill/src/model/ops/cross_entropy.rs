@@ -45,7 +45,12 @@ impl Criterion for Targets {
         Ok(losses.iter().sum())
     }
 
-    fn compute_there(&self, first: usize, logits: &Tensor, with_gradient: bool) -> Result<(Tensor, Option<Tensor>)> {
+    fn compute_there(
+        &self,
+        first: usize,
+        logits: &Tensor,
+        with_gradient: bool,
+    ) -> Result<(Tensor, Option<Tensor>)> {
         let (count, _) = logits.dims2()?;
         let tokens = self.rows[first..first + count].iter().map(|(_, token)| *token);
         let tokens = Tensor::from_iter(tokens, logits.device())?.unsqueeze(1)?;

@@ -5,16 +5,18 @@ use std::collections::HashSet;
 use std::ops::AddAssign;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use candle_core::{Error, Result, Tensor};
+use candle_core::{DType, Error, Result, Tensor, Var};
 use rayon::prelude::*;
 
 use super::cross_entropy::loss_and_gradient;
 use super::frozen::Frozen;
-use super::head_loss::{Criterion, Targets, frozen_head_loss, head_loss};
+use super::head_loss::{Criterion, Targets, compute_here, frozen_head_loss, head_loss};
 use super::lora_head_loss::{HeadAdapter, lora_head_loss};
 use super::real::Real;
 use crate::batch::Batch;
-use crate::loss::{Loss, LossError, Measures, Objective, Sampled, Taught, log_softmax, sum};
+use crate::loss::{
+    Loss, LossError, Measures, Objective, Sampled, Taught, composed_log_softmax, log_softmax, sum,
+};
 use crate::teacher::{LogitRows, Scores, TopK};
 
 const OP: &str = "distillation";
@@ -155,6 +157,18 @@ impl Distillation {
         })
     }
 
+    /// Adds to what is measured.
+    fn count(&self, sums: Row) {
+        let mut measures = self.measures.lock().unwrap_or_else(PoisonError::into_inner);
+        measures.loss += sums.loss;
+        if let Some(cross_entropy) = &mut measures.cross_entropy {
+            *cross_entropy += sums.cross_entropy;
+        }
+        if let Some(sampled_kl) = &mut measures.sampled_kl {
+            *sampled_kl += sums.sampled_kl;
+        }
+    }
+
     /// One row, in place of whose logits is left the gradient.
     fn row<T: Real>(&self, target: usize, logits: &mut [T], teacher: &mut [T]) -> Row {
         let token = self.targets.rows[target].1 as usize;
@@ -266,6 +280,11 @@ fn largest<T: Real>(x: &[T], k: usize) -> Vec<u32> {
     ids
 }
 
+/// The number in a scalar.
+fn scalar(tensor: &Tensor) -> Result<f64> {
+    tensor.to_dtype(DType::F64)?.to_scalar()
+}
+
 fn check_top(top: &TopK) -> Result<()> {
     let length = top.ids.len();
     if top.k == 0 || !length.is_multiple_of(top.k) || length != top.logprobs.len() {
@@ -350,15 +369,55 @@ impl Criterion for Distillation {
         // In order, whatever the threads: the same seed gives the same bits.
         let mut sums = Row::default();
         rows.into_iter().for_each(|row| sums += row);
-        let mut measures = self.measures.lock().unwrap_or_else(PoisonError::into_inner);
-        measures.loss += sums.loss;
-        if let Some(cross_entropy) = &mut measures.cross_entropy {
-            *cross_entropy += sums.cross_entropy;
-        }
-        if let Some(sampled_kl) = &mut measures.sampled_kl {
-            *sampled_kl += sums.sampled_kl;
-        }
+        self.count(sums);
         Ok(sums.loss + self.objective.ce_weight * sums.cross_entropy)
+    }
+
+    /// All logits of a teacher are compared on the device. Its most probable tokens, and tokens that only one of both
+    /// knows, are seen to on the CPU.
+    fn compute_there(
+        &self,
+        first: usize,
+        logits: &Tensor,
+        with_gradient: bool,
+    ) -> Result<(Tensor, Option<Tensor>)> {
+        let (count, vocabulary) = logits.dims2()?;
+        let tokens = self.targets.rows[first..first + count]
+            .iter()
+            .map(|(_, token)| *token);
+        let teacher = match &self.teacher {
+            Told::Full(teacher) if self.objective.top_k.is_none() => teacher,
+            _ => return compute_here(self, first, logits),
+        };
+        let shared = teacher.vocab_size().min(vocabulary);
+        if tokens.clone().any(|token| token as usize >= shared) {
+            return compute_here(self, first, logits);
+        }
+        let teacher = teacher.there(first..first + count, logits.device())?;
+        let student = Var::from_tensor(&logits.detach())?;
+        let scale = 1.0 / self.objective.temperature;
+        let log_p = composed_log_softmax(&teacher.narrow(1, 0, shared)?.to_dtype(logits.dtype())?, scale)?;
+        let log_q = composed_log_softmax(&student.narrow(1, 0, shared)?, scale)?;
+        let labels = Tensor::from_iter(tokens, logits.device())?.unsqueeze(1)?;
+        let of_labels = |log: &Tensor| log.gather(&labels, 1)?.sum_all();
+        let distillation = (self.objective.loss.composed(&log_p, &log_q)? * self.objective.scale())?;
+        let mut loss = distillation.clone();
+        let mut sums = Row {
+            loss: scalar(&distillation)?,
+            cross_entropy: 0.0,
+            sampled_kl: scalar(&(of_labels(&log_q)? - of_labels(&log_p)?)?)?,
+        };
+        if self.objective.ce_weight > 0.0 {
+            let cross_entropy = of_labels(&composed_log_softmax(&student, 1.0)?)?.neg()?;
+            sums.cross_entropy = scalar(&cross_entropy)?;
+            loss = (loss + (cross_entropy * self.objective.ce_weight)?)?;
+        }
+        self.count(sums);
+        let gradient = match with_gradient {
+            true => loss.backward()?.remove(&student),
+            false => None,
+        };
+        Ok((loss.detach(), gradient))
     }
 }
 
@@ -457,6 +516,48 @@ mod tests {
                         Ok(lora_distillation_loss(&args[0], frozen, adapter, distillation(loss, chunk))?.0)
                     });
                 }
+            }
+        }
+    }
+
+    /// Every loss, also of a teacher that knows more tokens: values, parts and gradients.
+    #[test]
+    fn devices_compute_the_same() {
+        let (hidden, weight) = (random(&[6, 4], 16), random(&[7, 4], 17));
+        let alpha = 0.2;
+        let others = [
+            Loss::ForwardKl,
+            Loss::SkewForwardKl { alpha },
+            Loss::SkewReverseKl { alpha },
+            Loss::TotalVariation,
+        ];
+        for loss in LOSSES.into_iter().chain(others) {
+            let numbers = || {
+                let (loss, measures) = distillation_loss(&hidden, &weight, distillation(loss, 3)).unwrap();
+                let gradients = loss.backward().unwrap();
+                let of = |var: &Tensor| {
+                    gradients
+                        .get(var)
+                        .unwrap()
+                        .flatten_all()
+                        .unwrap()
+                        .to_vec1::<f64>()
+                };
+                let parts = [
+                    measures.loss,
+                    measures.cross_entropy.unwrap(),
+                    measures.sampled_kl.unwrap(),
+                ];
+                [
+                    vec![scalar(&loss).unwrap()],
+                    parts.to_vec(),
+                    of(&hidden).unwrap(),
+                    of(&weight).unwrap(),
+                ]
+                .concat()
+            };
+            for (ours, theirs) in numbers().iter().zip(forced(numbers)) {
+                assert!((ours - theirs).abs() < 1e-6, "{loss:?}: {ours} and {theirs}");
             }
         }
     }

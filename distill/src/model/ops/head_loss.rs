@@ -34,17 +34,29 @@ pub(crate) trait Criterion: Send + Sync + 'static {
     /// place of the first of them among the targets.
     fn compute<T: Real>(&self, first: usize, logits: &mut [T], vocabulary: usize) -> Result<f64>;
 
-    /// The same of logits in f32 on a device: the loss, a scalar there, and its gradient, which may be left out where
-    /// none is needed. Unless there is a better way, the logits come to the CPU, and their gradient goes back.
-    fn compute_there(&self, first: usize, logits: &Tensor, _with_gradient: bool) -> Result<(Tensor, Option<Tensor>)> {
-        let (_, vocabulary) = logits.dims2()?;
-        for_real!(logits.dtype(), Self::NAME, T => {
-            let mut numbers = logits.flatten_all()?.to_vec1::<T>()?;
-            let loss = self.compute(first, &mut numbers, vocabulary)?;
-            let gradient = Tensor::from_vec(numbers, logits.dims(), logits.device())?;
-            Ok((Tensor::new(T::of(loss), logits.device())?, Some(gradient)))
-        })
-    }
+    /// The same of logits in f32 on a device, `[rows, vocabulary]`: the loss, a scalar there, and its gradient, which may
+    /// be left out where none is needed.
+    fn compute_there(
+        &self,
+        first: usize,
+        logits: &Tensor,
+        with_gradient: bool,
+    ) -> Result<(Tensor, Option<Tensor>)>;
+}
+
+/// A loss that is not known on devices: the logits come to the CPU, and their gradient goes back.
+pub(super) fn compute_here<C: Criterion>(
+    criterion: &C,
+    first: usize,
+    logits: &Tensor,
+) -> Result<(Tensor, Option<Tensor>)> {
+    let (_, vocabulary) = logits.dims2()?;
+    for_real!(logits.dtype(), C::NAME, T => {
+        let mut numbers = logits.flatten_all()?.to_vec1::<T>()?;
+        let loss = criterion.compute(first, &mut numbers, vocabulary)?;
+        let gradient = Tensor::from_vec(numbers, logits.dims(), logits.device())?;
+        Ok((Tensor::new(T::of(loss), logits.device())?, Some(gradient)))
+    })
 }
 
 impl Targets {
