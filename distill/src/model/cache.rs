@@ -38,6 +38,9 @@ impl KvCache {
     /// Puts the same keys and values, `[n, kv_width]`, before those of every sequence of a layer, which must be empty.
     pub(crate) fn put_before(&mut self, layer: usize, k: &Tensor, v: &Tensor) -> Result<()> {
         let sequences = self.lengths.len();
+        if sequences == 0 {
+            return Ok(());
+        }
         self.lengths.fill(k.dim(0)?);
         self.layers[layer] = if is_composed(k) {
             Layer::Tensors([k.repeat((sequences, 1))?, v.repeat((sequences, 1))?])
@@ -78,6 +81,8 @@ impl KvCache {
                         .flat_map(|(i, rows)| std::iter::repeat_n(rows, count(i)))
                         .collect();
                 }
+                // A GPU has no tensors without rows.
+                Layer::Tensors(_) if order.is_empty() => *layer = Layer::Cpu(Vec::new()),
                 Layer::Tensors(both) => {
                     let rows = order.iter().flat_map(|i| starts[*i] as u32..starts[i + 1] as u32);
                     let rows = index(rows.collect(), both[0].device())?;

@@ -47,6 +47,27 @@ fn wide(x: &Tensor) -> Result<Tensor> {
     }
 }
 
+/// Rows of x in another order, some of them several times; none is zeros. `[rows, width]` → `[there.len(), width]`.
+fn rows_at(x: &Tensor, there: &[Option<usize>]) -> Result<Tensor> {
+    let (rows, width) = x.dims2()?;
+    let index = there.iter().map(|row| row.unwrap_or(rows) as u32);
+    let index = Tensor::from_iter(index, x.device())?;
+    if there.iter().all(Option::is_some) {
+        return x.index_select(&index, 0);
+    }
+    let zeros = Tensor::zeros((1, width), x.dtype(), x.device())?;
+    Tensor::cat(&[x, &zeros], 0)?.index_select(&index, 0)
+}
+
+/// [`rows_at`] with a gradient, whose rows come from those of the result that `back` says: candle's own adds up row by row,
+/// which GPUs are slow at. Other rows of the result must get no gradient.
+fn moved(name: &'static str, x: &Tensor, there: &[Option<usize>], back: &[Option<usize>]) -> Result<Tensor> {
+    let back = back.to_vec();
+    given(name, &[x], rows_at(&x.detach(), there)?, move |_, grad| {
+        Ok(vec![Some(rows_at(&grad.contiguous()?, &back)?)])
+    })
+}
+
 /// [`super::rms_norm`], with the factor `offset` + weight.
 pub(super) fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64, offset: f64) -> Result<Tensor> {
     recomputed("rms_norm", [x, weight], move |[x, weight]| {

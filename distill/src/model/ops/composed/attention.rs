@@ -4,7 +4,7 @@
 use candle_core::{D, Result, Tensor};
 
 use super::given::recomputed;
-use super::wide;
+use super::{moved, wide};
 use crate::model::ops::Heads;
 
 /// Where the queries and the keys of a batch's sequences lie.
@@ -38,20 +38,28 @@ fn lengths(starts: &[usize]) -> Vec<usize> {
 }
 
 /// `[rows, heads · head_dim]` → `[sequences, heads, longest, head_dim]`. Rows beyond a sequence's end repeat its last
-/// one, so that nothing is ever undefined.
+/// one, so that nothing is ever undefined; they must get no gradient.
 fn padded(x: &Tensor, starts: &[usize], heads: usize, head_dim: usize) -> Result<Tensor> {
     let lengths = lengths(starts);
     let longest = lengths.iter().copied().max().unwrap_or(0);
-    let rows: Vec<u32> = starts
-        .iter()
-        .zip(&lengths)
-        .flat_map(|(start, length)| (0..longest).map(move |i| (start + i.min(length - 1)) as u32))
+    let sequences = starts.iter().zip(&lengths);
+    let rows: Vec<Option<usize>> = sequences
+        .flat_map(|(start, length)| (0..longest).map(move |i| Some(start + i.min(length - 1))))
         .collect();
-    let rows = Tensor::from_vec(rows, lengths.len() * longest, x.device())?;
-    x.index_select(&rows, 0)?
-        .reshape((lengths.len(), longest, heads, head_dim))?
+    let x = match lengths.iter().all(|length| *length == longest) {
+        true => x.clone(),
+        false => moved("padding", x, &rows, &real_rows(&lengths, longest))?,
+    };
+    x.reshape((lengths.len(), longest, heads, head_dim))?
         .transpose(1, 2)?
         .contiguous()
+}
+
+/// The rows of the sequences themselves among those of padded ones.
+fn real_rows(lengths: &[usize], longest: usize) -> Vec<Option<usize>> {
+    let sequences = lengths.iter().enumerate();
+    let rows = sequences.flat_map(|(s, length)| (0..*length).map(move |i| Some(s * longest + i)));
+    rows.collect()
 }
 
 impl Layout {
@@ -110,11 +118,14 @@ impl Layout {
 
     /// The rows of the sequences themselves, of `[sequences · nq, width]`.
     fn without_padding(&self, x: &Tensor, nq: usize) -> Result<Tensor> {
-        let real: Vec<u32> = lengths(&self.starts)
-            .iter()
-            .enumerate()
-            .flat_map(|(s, length)| (0..*length).map(move |i| (s * nq + i) as u32))
+        let lengths = lengths(&self.starts);
+        if lengths.iter().all(|length| *length == nq) {
+            return Ok(x.clone());
+        }
+        let sequences = self.starts.iter().zip(&lengths);
+        let back: Vec<Option<usize>> = sequences
+            .flat_map(|(start, length)| (0..nq).map(move |i| (i < *length).then_some(start + i)))
             .collect();
-        x.index_select(&Tensor::new(real, x.device())?, 0)
+        moved("padding", x, &real_rows(&lengths, nq), &back)
     }
 }

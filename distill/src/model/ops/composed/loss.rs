@@ -6,7 +6,7 @@ use std::sync::{Mutex, PoisonError};
 use candle_core::{Result, Tensor};
 
 use super::given::{Gradients, given};
-use super::wide;
+use super::{rows_at, wide};
 use crate::model::ops::head_loss::Criterion;
 use crate::model::ops::{Frozen, HeadAdapter};
 
@@ -40,13 +40,15 @@ fn add(sum: &mut Option<Tensor>, part: Tensor) -> Result<()> {
 }
 
 /// The parts of some rows as a whole of `like`'s size; the other rows are zero.
-fn spread(parts: &[Tensor], rows: &[u32], like: &Tensor) -> Result<Tensor> {
-    let zeros = like.zeros_like()?;
+fn spread(parts: &[Tensor], rows: &[(usize, u32)], like: &Tensor) -> Result<Tensor> {
     if parts.is_empty() {
-        return Ok(zeros);
+        return like.zeros_like();
     }
-    let rows = Tensor::new(rows, like.device())?;
-    zeros.index_add(&rows, &Tensor::cat(parts, 0)?, 0)
+    let mut from = vec![None; like.dim(0)?];
+    for (i, (row, _)) in rows.iter().enumerate() {
+        from[*row] = Some(i);
+    }
+    rows_at(&Tensor::cat(parts, 0)?, &from)
 }
 
 impl Layer {
@@ -107,11 +109,12 @@ impl Layer {
                 d_down.push(d_logits.matmul(b)?);
             }
         }
-        let rows: Vec<u32> = targets.rows.iter().map(|(row, _)| *row as u32).collect();
         Ok(Sums {
             loss,
-            d_hidden: spread(&d_hidden, &rows, hidden)?,
-            d_down: down.map(|down| spread(&d_down, &rows, down)).transpose()?,
+            d_hidden: spread(&d_hidden, &targets.rows, hidden)?,
+            d_down: down
+                .map(|down| spread(&d_down, &targets.rows, down))
+                .transpose()?,
             d_weight,
             d_b,
             d_factors,
