@@ -10,7 +10,7 @@ use candle_core::{CpuStorage, DType, InplaceOp2, Layout, Result, Tensor, Var, Wi
 use rayon::prelude::*;
 pub use schedule::Schedule;
 
-use crate::model::ops::{is_composed, with_elements};
+use crate::model::ops::{is_composed, sum_of_rows, with_elements};
 
 const CHUNK: usize = 16 * 1024;
 
@@ -297,7 +297,7 @@ pub fn global_norm(gradients: &[Tensor]) -> Result<f64> {
 
 /// Σg² of one gradient, a scalar where the gradient is.
 fn squares_there(gradient: &Tensor) -> Result<Tensor> {
-    gradient.to_dtype(DType::F32)?.sqr()?.sum_all()
+    sum_of_rows(&gradient.to_dtype(DType::F32)?.sqr()?)
 }
 
 /// Σg² of one gradient.

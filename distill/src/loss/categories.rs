@@ -2,7 +2,7 @@
 
 use candle_core::{D, Result, Tensor};
 
-use crate::model::ops::Real;
+use crate::model::ops::{Real, sum_of_rows};
 
 /// So many numbers are added in their own type before they are in f64: 50,000 small f32 add up without a loss, in the
 /// same order whatever the threads.
@@ -62,7 +62,7 @@ pub(crate) trait Divergence: Copy {
 
 /// Σ A(log A − log B), of tensors.
 pub(crate) fn composed_kl(log_a: &Tensor, log_b: &Tensor) -> Result<Tensor> {
-    (log_a.exp()? * (log_a - log_b)?)?.sum_all()
+    sum_of_rows(&(log_a.exp()? * (log_a - log_b)?)?)
 }
 
 /// log softmax(x · scale) of every row, of tensors.

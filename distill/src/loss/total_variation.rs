@@ -4,6 +4,7 @@ use candle_core::{Result, Tensor};
 
 use super::{Category, Divergence};
 use crate::model::ops::Real;
+use crate::model::ops::sum_of_rows;
 
 #[derive(Clone, Copy)]
 pub(super) struct TotalVariation;
@@ -25,6 +26,6 @@ impl Divergence for TotalVariation {
     }
 
     fn composed(self, log_p: &Tensor, log_q: &Tensor) -> Result<Tensor> {
-        (log_p.exp()? - log_q.exp()?)?.abs()?.sum_all()? * 0.5
+        sum_of_rows(&(log_p.exp()? - log_q.exp()?)?.abs()?)? * 0.5
     }
 }

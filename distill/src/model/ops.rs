@@ -31,7 +31,7 @@ pub use attention::{Heads, attention};
 pub(crate) use attention::{Sequence, attend};
 #[cfg(test)]
 pub(crate) use composed::forced;
-pub(crate) use composed::is_for as is_composed;
+pub(crate) use composed::{is_for as is_composed, sum_of_rows};
 pub use cross_entropy::{cross_entropy, frozen_cross_entropy, lora_cross_entropy};
 pub use distillation::{Distillation, distillation_loss, frozen_distillation_loss, lora_distillation_loss};
 pub use embedding::{embedding, frozen_embedding};

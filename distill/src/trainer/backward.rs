@@ -124,7 +124,7 @@ fn block_by_block(
             }
         };
         // The gradient of Σ y·dy is what the whole graph would have handed this block.
-        let mut gradients = (y * dy)?.sum_all()?.backward()?;
+        let mut gradients = (y * dy)?.backward()?;
         gradient = gradients.remove(&x);
         collect(Part {
             block: Some(block),

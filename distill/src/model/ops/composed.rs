@@ -39,6 +39,14 @@ pub(crate) fn forced<T>(work: impl FnOnce() -> T) -> T {
     done
 }
 
+/// The sum of all elements, row by row: candle gives a sum of a whole tensor to one block of a GPU.
+pub(crate) fn sum_of_rows(x: &Tensor) -> Result<Tensor> {
+    match x.rank() {
+        0 | 1 => x.sum_all(),
+        _ => x.sum(D::Minus1)?.sum_all(),
+    }
+}
+
 /// f32, or f64 where the numbers are f64 (in gradient checks).
 fn wide(x: &Tensor) -> Result<Tensor> {
     match x.dtype() {

@@ -59,8 +59,9 @@ where
         let Ok(vars) = <[Tensor; N]>::try_from(vars) else {
             candle_core::bail!("{name}: not {N} arguments")
         };
-        // The gradient of Σ f·grad is what the graph would have handed on.
-        let mut store = (f(&vars)? * grad)?.sum_all()?.backward()?;
+        // The gradient of f·grad, whose own is one everywhere, is what the graph would have handed on. It is not added up:
+        // candle gives the sum of a tensor to one block of the GPU.
+        let mut store = (f(&vars)? * grad)?.backward()?;
         Ok(vars.iter().map(|var| store.remove(var)).collect())
     })
 }
