@@ -5,6 +5,7 @@
 //! [`doctor`] looks at what they need: [`kernels`], [`cores`], the memory [`plan`].
 
 pub mod bench;
+pub mod board;
 #[cfg(feature = "embedded-broker")]
 pub mod broker;
 pub mod clock;

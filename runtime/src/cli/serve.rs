@@ -27,7 +27,7 @@ pub(super) struct Args {
     flags: Flags,
 }
 
-/// What `config show` takes as well.
+/// What `config show` and `check` take as well.
 #[derive(Debug, clap::Args)]
 pub(super) struct Flags {
     #[command(flatten)]
