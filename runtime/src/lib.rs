@@ -23,5 +23,6 @@ pub mod mqtt;
 pub mod plan;
 pub mod queue;
 pub mod reply;
+pub mod thermal;
 pub mod wire;
 pub mod worker;

@@ -25,7 +25,7 @@ A good build reads 60 to 70 % of what the memory allows. Far less: `pipit check`
 pub(super) struct Args {
     /// GGUF file
     model: PathBuf,
-    /// Threads [default: one for each physical core]
+    /// Threads [default: one for each fast physical core]
     #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
     threads: u32,
     /// Tokens of prefill
