@@ -9,6 +9,8 @@ use std::process::Command;
 
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
+    println!("cargo:rerun-if-env-changed=CMAKE_C_COMPILER_LAUNCHER");
+    println!("cargo:rerun-if-env-changed=PIPIT_MARCH");
     let macros = macros().unwrap_or_else(|error| {
         println!("cargo:warning=what ggml's kernels were compiled for is not known: {error}");
         String::new()
@@ -34,10 +36,20 @@ fn macros() -> Result<String, String> {
         })
         .and_then(|entry| entry["command"].as_str())
         .ok_or_else(|| format!("{} does not name ggml-cpu.c", path.display()))?;
-    let mut words = command.split_whitespace();
-    let compiler = words.next().unwrap_or("cc");
-    let machine = words.filter(|word| word.starts_with("-m"));
+    let words: Vec<&str> = command.split_whitespace().collect();
+    let flags = words
+        .iter()
+        .position(|word| word.starts_with('-'))
+        .unwrap_or(words.len());
+    let (program, flags) = words.split_at(flags);
+    // CMake may leave out the launcher, which rewrites a flag for a board (firmware-configs/compiler).
+    let launcher = std::env::var("CMAKE_C_COMPILER_LAUNCHER").unwrap_or_default();
+    let launcher = Some(launcher.as_str()).filter(|path| !path.is_empty() && program.first() != Some(path));
+    let mut program = launcher.into_iter().chain(program.iter().copied());
+    let compiler = program.next().unwrap_or("cc");
+    let machine = flags.iter().filter(|word| word.starts_with("-m"));
     let output = Command::new(compiler)
+        .args(program)
         .args(machine)
         .args(["-dM", "-E", "-x", "c", "/dev/null"])
         .output()

@@ -13,7 +13,7 @@ use llama_cpp_2::token::LlamaToken;
 use serde::Serialize;
 
 use crate::engine::llama::{Llama, N_BATCH};
-use crate::model::Header;
+use crate::model::{GgmlType, Header};
 
 /// Buffer of the bandwidth measurement: larger than any cache of a CPU that runs small models.
 const BUFFER_BYTES: usize = 256 << 20;
@@ -107,14 +107,23 @@ fn run(llama: &mut Llama, tokens: &[LlamaToken], batch: usize) -> Result<f64, St
     Ok(started.elapsed().as_secs_f64())
 }
 
-/// Weights that every token reads: all, but of the embedding table one row, unless it is the output head as well.
-fn weights_per_token(header: &Header) -> u64 {
+/// Bytes of weights that every token reads: all, but of the embedding table one row, unless it is the output head as
+/// well.
+pub fn weights_per_token(header: &Header) -> u64 {
     let tied = !header.tensors.iter().any(|tensor| tensor.name == "output.weight");
     header
         .tensors
         .iter()
         .filter(|tensor| tied || tensor.name != "token_embd.weight")
         .map(|tensor| tensor.bytes)
+        .sum()
+}
+
+/// Bytes of the KV cache that one token of context takes: decode reads them for every token behind it.
+pub fn kv_per_token(header: &Header, cache_k: GgmlType, cache_v: GgmlType) -> u64 {
+    let layers = header.layers.layers.iter();
+    layers
+        .map(|layer| cache_k.bytes(layer.k) + cache_v.bytes(layer.v))
         .sum()
 }
 
@@ -146,7 +155,7 @@ fn median(mut values: Vec<f64>) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{GgmlType, Tensor};
+    use crate::model::Tensor;
 
     #[test]
     fn a_tied_head_reads_the_embedding_table() {

@@ -7,6 +7,8 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 
+use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
+
 /// More than any machine has.
 const MOST_CPUS: usize = 4096;
 
@@ -42,15 +44,54 @@ impl Cores {
         }
     }
 
-    /// CPUs that are as fast as the fastest, where they differ; `None` where all are alike.
+    /// Numbers of the CPUs that are about as fast as the fastest, where others are slower; none where all are alike. Some
+    /// machines say which of their fast cores has a little more; a slow core of two kinds has less than three quarters.
+    pub fn fast(&self) -> Vec<usize> {
+        let best = self.capacities.iter().max().copied().unwrap_or(0);
+        let all = self.capacities.iter().enumerate();
+        let fast: Vec<usize> = all
+            .filter(|(_, capacity)| **capacity >= best / 4 * 3)
+            .map(|(cpu, _)| cpu)
+            .collect();
+        if fast.len() < self.capacities.len() {
+            fast
+        } else {
+            Vec::new()
+        }
+    }
+
+    /// How many those are; `None` where all are alike.
     pub fn big(&self) -> Option<u32> {
-        let best = self.capacities.iter().max()?;
-        let count = self
-            .capacities
-            .iter()
-            .filter(|capacity| *capacity == best)
-            .count();
-        (count < self.capacities.len()).then_some(count as u32)
+        Some(self.fast().len() as u32).filter(|&count| count > 0)
+    }
+}
+
+/// Threads to compute with: one for each physical core that this process may use, and where some are slower, one for each of
+/// the fast ones. Every step would wait for the slowest (ggml-org/llama.cpp issue 7176: eight threads on an RK3588 are half
+/// as fast as four).
+pub fn threads() -> u32 {
+    let big = Cores::read(Path::new("/")).big();
+    big.map_or_else(physical, |big| physical().min(big))
+}
+
+/// Keeps this process, and what it starts from now on, on the fast cores, where some are slower and its threads fit.
+pub fn keep_to_the_fast(threads: u32) {
+    let fast = Cores::read(Path::new("/")).fast();
+    if fast.is_empty() || threads as usize > fast.len() {
+        return;
+    }
+    let mut set = CpuSet::new();
+    let allowed = sched_getaffinity(None).ok();
+    for cpu in fast {
+        if cpu < CpuSet::MAX_CPU && allowed.as_ref().is_none_or(|allowed| allowed.is_set(cpu)) {
+            set.set(cpu);
+        }
+    }
+    // Fewer than it needs are left where somebody chose its cores: then that is what counts.
+    if set.count() >= threads
+        && let Err(error) = sched_setaffinity(None, &set)
+    {
+        tracing::warn!("the fast cores cannot be chosen: {error}");
     }
 }
 
@@ -86,7 +127,7 @@ mod tests {
         let cores = Cores::read(folder.path());
         assert_eq!((cores.physical, cores.big()), (2, None));
         assert_eq!(Cores::read(Path::new("/nonexistent")), Cores::default());
-        assert!(physical() >= 1);
+        assert!(physical() >= 1 && (1..=physical()).contains(&threads()));
     }
 
     #[test]
@@ -98,7 +139,8 @@ mod tests {
             ("3", Some(1024)),
         ]);
         assert_eq!(Cores::read(folder.path()).big(), Some(2));
-        let folder = machine(&[("0", Some(1024)), ("1", Some(1024))]);
+        assert_eq!(Cores::read(folder.path()).fast(), [2, 3]);
+        let folder = machine(&[("0", Some(1009)), ("1", Some(1024))]);
         assert_eq!(Cores::read(folder.path()).big(), None);
     }
 }

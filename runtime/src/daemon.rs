@@ -154,7 +154,9 @@ pub async fn serve(
                 if chunk_due.is_some() => service.chunks(),
             _ = tick.tick() => {
                 service.tick();
-                systemd.alive();
+                if service.is_alive() {
+                    systemd.alive();
+                }
                 systemd.status(service.state_line());
             }
             () = &mut shutdown, if draining.is_none() => {

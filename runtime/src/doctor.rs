@@ -7,8 +7,10 @@ use std::path::Path;
 
 use serde::Serialize;
 
+use crate::board::Board;
 use crate::config::Config;
 
+pub mod board;
 pub mod broker;
 pub mod kernels;
 pub mod machine;
@@ -76,7 +78,8 @@ impl Finding {
 /// Looks at all but the broker, which is another machine.
 pub fn look(config: &Config, root: &Path) -> Vec<Finding> {
     let state = storage::State::of(config);
-    let mut findings = vec![kernels::finding()];
+    let mut findings: Vec<Finding> = Board::here(root).iter().map(board::about).collect();
+    findings.push(kernels::finding());
     findings.extend(machine::findings(config, root));
     findings.extend(state.findings(config));
     findings.extend(model::findings(config, root, state.in_use()));

@@ -14,6 +14,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::thermal::Step;
 use crate::wire::{ErrorCode, Message};
 
 pub mod constraint;
@@ -41,7 +42,7 @@ pub struct Settings {
     pub n_ctx: u32,
     /// Requests under way at a time.
     pub slots: u32,
-    /// Threads; 0 is one for each physical core.
+    /// Threads; 0 is one for each fast physical core.
     pub threads: u32,
     /// Type of the keys in the KV cache, as llama.cpp spells it.
     pub cache_type_k: String,
@@ -118,6 +119,11 @@ pub enum ToWorker {
         /// The request.
         #[serde(flatten)]
         request: Box<Job>,
+    },
+    /// The machine gets hot, or cool again.
+    Ease {
+        /// What to do.
+        step: Step,
     },
     /// Stop working on a request; its end is reported as cancelled.
     Cancel {

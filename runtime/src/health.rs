@@ -10,6 +10,7 @@ use sd_notify::NotifyState;
 
 use crate::config::Config;
 use crate::reply::Author;
+use crate::thermal::{self, Step};
 pub use crate::wire::State;
 use crate::wire::device::{Board, ModelCard, Versions};
 use crate::wire::{Card, Metrics, Status};
@@ -99,6 +100,7 @@ pub fn metrics(
     running: usize,
     journal_bytes: u64,
     worker: Option<u32>,
+    thermal: Option<Step>,
 ) -> Vec<u8> {
     let resident = |file: &str| proc_kib(file, "VmRSS:").map(|kib| kib * 1024);
     json(&Metrics {
@@ -117,7 +119,8 @@ pub fn metrics(
         journal_bytes,
         daemon_resident_bytes: resident("/proc/self/status"),
         worker_resident_bytes: worker.and_then(|pid| resident(&format!("/proc/{pid}/status"))),
-        temperature_c: hottest().map(|millidegrees| millidegrees as f64 / 1000.0),
+        temperature_c: thermal::hottest(Path::new("/")).map(|reading| reading.millidegrees as f64 / 1000.0),
+        thermal,
         power_w: power(Path::new("/sys/class/hwmon")),
     })
 }
@@ -132,16 +135,6 @@ fn proc_kib(file: &str, label: &str) -> Option<u64> {
     let text = std::fs::read_to_string(file).ok()?;
     let line = text.lines().find(|line| line.starts_with(label))?;
     line.split_whitespace().nth(1)?.parse().ok()
-}
-
-/// The hottest thermal zone, in thousandths of a degree Celsius.
-fn hottest() -> Option<i64> {
-    (0..16)
-        .filter_map(|zone| {
-            std::fs::read_to_string(format!("/sys/class/thermal/thermal_zone{zone}/temp")).ok()
-        })
-        .filter_map(|text| text.trim().parse().ok())
-        .max()
 }
 
 /// Watts of the first sensor that measures power: a hardware monitor's own figure in microwatts, or the product of
@@ -241,12 +234,14 @@ mod tests {
             2,
             3,
             Some(std::process::id()),
+            Some(Step::Slower),
         );
         let metrics: Metrics = serde_json::from_slice(&payload).unwrap();
         assert_eq!(
             (metrics.waiting, metrics.running, metrics.journal_bytes),
             (1, 2, 3)
         );
+        assert_eq!(metrics.thermal, Some(Step::Slower));
         assert!(metrics.worker_resident_bytes.unwrap() > 1_000_000);
     }
 

@@ -142,7 +142,7 @@ pub fn reported(system_info: &str) -> Vec<&str> {
 pub fn refusal(lacking: &[&str]) -> String {
     format!(
         "this pipit was compiled for a CPU with {}, which this one does not have; hint: build it on this machine, or \
-         for its CPU: docs/decisions/0012-x86-kernels.md",
+         for its CPU: docs/decisions/0012-x86-kernels.md, for a board docs/boards.md",
         lacking.join(", ")
     )
 }

@@ -5,6 +5,7 @@
 //! [`doctor`] looks at what they need: [`kernels`], [`cores`], the memory [`plan`].
 
 pub mod bench;
+pub mod board;
 #[cfg(feature = "embedded-broker")]
 pub mod broker;
 pub mod clock;
@@ -22,5 +23,6 @@ pub mod mqtt;
 pub mod plan;
 pub mod queue;
 pub mod reply;
+pub mod thermal;
 pub mod wire;
 pub mod worker;

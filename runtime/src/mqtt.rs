@@ -84,6 +84,11 @@ impl Link {
         Ok((Self { commands }, outbox))
     }
 
+    /// Whether its task still runs.
+    pub fn is_alive(&self) -> bool {
+        !self.commands.is_closed()
+    }
+
     /// Publishes a message. False when there is no room: a message at QoS 0 is then dropped, one at QoS 1 must
     /// be given again later.
     pub fn publish(&self, message: Outgoing) -> bool {

@@ -72,7 +72,7 @@ impl Settings {
             sequences: llama::sequences(model.slots),
             n_ubatch: 512,
             threads: if model.threads == 0 {
-                cores::physical()
+                cores::threads()
             } else {
                 model.threads
             },

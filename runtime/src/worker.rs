@@ -77,6 +77,11 @@ impl Worker {
         (Self { orders, task }, outbox)
     }
 
+    /// Whether the supervisor still runs.
+    pub fn is_alive(&self) -> bool {
+        !self.orders.is_closed()
+    }
+
     /// Sends a frame; false when there is no room, or no worker.
     pub fn send(&self, frame: ToWorker) -> bool {
         self.orders.try_send(Order::Frame(frame)).is_ok()

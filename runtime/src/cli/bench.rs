@@ -25,7 +25,7 @@ A good build reads 60 to 70 % of what the memory allows. Far less: `pipit check`
 pub(super) struct Args {
     /// GGUF file
     model: PathBuf,
-    /// Threads [default: one for each physical core]
+    /// Threads [default: one for each fast physical core]
     #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
     threads: u32,
     /// Tokens of prefill
@@ -61,10 +61,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         repetitions: args.repetitions,
     };
     let cache = GgmlType::of_cache(&args.cache_type);
-    let layers = header.layers.layers.iter();
-    let kv_token_bytes = layers
-        .map(|layer| cache.map_or(0, |kind| kind.bytes(layer.k) + kind.bytes(layer.v)))
-        .sum();
+    let kv_token_bytes = cache.map_or(0, |kind| bench::kv_per_token(&header, kind, kind));
     let measured = bench::measure(&mut llama, &header, kv_token_bytes, task).map_err(anyhow::Error::msg)?;
     let info = llama.info();
     if args.json {

@@ -27,7 +27,7 @@ pub(super) struct Args {
     flags: Flags,
 }
 
-/// What `config show` takes as well.
+/// What `config show` and `check` take as well.
 #[derive(Debug, clap::Args)]
 pub(super) struct Flags {
     #[command(flatten)]
@@ -38,7 +38,7 @@ pub(super) struct Flags {
     /// Context in tokens [default: 2048, or less where the model was trained for less]
     #[arg(long, value_name = "TOKENS")]
     ctx: Option<u32>,
-    /// Threads [default: one for each physical core]
+    /// Threads [default: one for each fast physical core]
     #[arg(long, value_name = "N")]
     threads: Option<u32>,
     /// Folder of the journal [default: $STATE_DIRECTORY, $XDG_STATE_HOME/pipit, ~/.local/state/pipit]

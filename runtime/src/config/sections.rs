@@ -54,7 +54,7 @@ pub struct ModelSection {
     pub n_ctx: u32,
     /// Requests under way at a time.
     pub slots: u32,
-    /// Threads; 0 is one for each physical core.
+    /// Threads; 0 is one for each fast physical core.
     pub threads: u32,
     /// Type of the keys in the KV cache: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0 or iq4_nl.
     pub cache_type_k: String,

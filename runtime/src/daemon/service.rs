@@ -9,11 +9,12 @@
 //! ```
 
 use std::collections::{HashMap, HashSet, VecDeque};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc;
 
-use crate::clock::unix_ms;
+use crate::clock::{elapsed_ms, unix_ms};
 use crate::config::Config;
 use crate::fault;
 use crate::health::{self, Counters, State};
@@ -23,6 +24,7 @@ use crate::journal::{Key, Record, StoredAnswer};
 use crate::mqtt::{Ack, Event as LinkEvent, Link, Outgoing};
 use crate::queue::{Queue, Waiting};
 use crate::reply::{self, Author, Stream};
+use crate::thermal::Thermal;
 use crate::wire::{ErrorCode, Request, Topics};
 use crate::worker::Worker;
 
@@ -128,6 +130,9 @@ pub struct Service {
     counters: Counters,
     started: Instant,
     last_metrics: Instant,
+    thermal: Thermal,
+    /// When the worker last said anything.
+    heard: Instant,
 }
 
 impl std::fmt::Debug for Service {
@@ -193,6 +198,8 @@ impl Service {
             counters: Counters::default(),
             started: Instant::now(),
             last_metrics: Instant::now(),
+            thermal: Thermal::default(),
+            heard: Instant::now(),
             config,
         }
     }
@@ -204,8 +211,7 @@ impl Service {
         for (key, entry) in self.table.entries() {
             match &entry.stage {
                 Stage::Accepted(request) => {
-                    // What has passed since; on a clock that went back, nothing has.
-                    let passed = now_ms.saturating_sub(entry.at);
+                    let passed = elapsed_ms(entry.at, now_ms);
                     let deadline = request.deadline_ms.map(|most| {
                         now + Duration::from_millis(most.saturating_sub(passed).min(u64::from(u32::MAX)))
                     });
@@ -390,6 +396,10 @@ impl Service {
         self.publish_refusals();
         self.dispatch();
         self.sleep_when_idle();
+        if self.thermal.look(Path::new("/"), Instant::now()) {
+            tracing::warn!("heat: {:?}", self.thermal.step().unwrap_or_default());
+            self.ease();
+        }
         self.evict();
         if self.journal_bytes > COMPACT_BYTES && self.journal_bytes > 3 * self.table.bytes() as u64 {
             self.writer.compact(self.table.records());
@@ -406,6 +416,7 @@ impl Service {
                 self.running.len(),
                 self.journal_bytes,
                 self.worker_pid,
+                self.thermal.step(),
             );
             let topic = self.topics.metrics();
             self.link.publish(Outgoing {
@@ -423,6 +434,14 @@ impl Service {
             let ticket = self.record(erased, false);
             self.on_commit.insert(ticket, OnCommit::Nothing);
         }
+    }
+
+    /// Whether link and worker are looked after, and the worker has said something while it has work: then systemd's
+    /// watchdog is fed. Each ends what hangs by itself, sooner; this is for the case that it does not.
+    pub fn is_alive(&self) -> bool {
+        let patience = Duration::from_secs(self.config.model.hang_s.saturating_mul(2).saturating_add(60));
+        let heard = self.running.is_empty() || self.heard.elapsed() < patience;
+        self.link.is_alive() && self.worker.is_alive() && heard
     }
 
     /// A line for people.

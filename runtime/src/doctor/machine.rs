@@ -10,15 +10,11 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use super::{Finding, State};
 use crate::config::{Address, Config};
 use crate::cores::Cores;
+use crate::{clock, thermal};
 
-/// 2025-01-01: no clock that is right shows an earlier time.
-const EARLIEST: u64 = 1_735_689_600;
 /// Degrees below the temperature where the kernel slows the machine down.
 const NEAR: i64 = 10;
-/// Where nothing says at which temperature the machine slows down; a Raspberry Pi does at 80.
-const HOT: i64 = 75;
-const ZONES: usize = 64;
-const TRIPS: usize = 16;
+const EARLIEST_S: u64 = clock::EARLIEST_MS / 1000;
 
 /// All looks of this file.
 pub fn findings(config: &Config, root: &Path) -> Vec<Finding> {
@@ -41,7 +37,7 @@ fn threads(config: &Config, cores: &Cores) -> Finding {
         physical => physical.min(allowed),
     };
     let threads = match config.model.threads {
-        0 => physical,
+        0 => physical.min(cores.big().unwrap_or(physical)),
         threads => threads,
     };
     let says = format!("{threads}, on {physical} physical cores that this process may use");
@@ -62,29 +58,10 @@ fn number(path: &Path) -> Option<i64> {
 /// The hottest zone, against the lowest temperature where the kernel acts.
 fn temperature(root: &Path) -> Finding {
     const WHAT: &str = "temperature";
-    let mut hottest: Option<(i64, i64)> = None;
-    for zone in 0..ZONES {
-        let folder = root.join(format!("sys/class/thermal/thermal_zone{zone}"));
-        let Some(degrees) = number(&folder.join("temp")).map(|thousandths| thousandths / 1000) else {
-            continue;
-        };
-        let limit = (0..TRIPS)
-            .filter(|trip| {
-                fs::read_to_string(folder.join(format!("trip_point_{trip}_type")))
-                    .is_ok_and(|kind| matches!(kind.trim(), "passive" | "hot" | "critical"))
-            })
-            .filter_map(|trip| number(&folder.join(format!("trip_point_{trip}_temp"))))
-            // Some drivers say 0 or less for a trip that is off.
-            .filter(|&thousandths| thousandths > 0)
-            .min()
-            .map_or(HOT + NEAR, |thousandths| thousandths / 1000);
-        if hottest.is_none_or(|(most, _)| degrees > most) {
-            hottest = Some((degrees, limit));
-        }
-    }
-    let Some((degrees, limit)) = hottest else {
+    let Some(reading) = thermal::hottest(root) else {
         return Finding::new(WHAT, State::Info, "this machine has no sensor that Linux knows");
     };
+    let (degrees, limit) = (reading.millidegrees / 1000, reading.limit);
     let says = format!("{degrees} °C; it slows down at {limit} °C");
     if degrees >= limit {
         Finding::new(WHAT, State::Fail, says).hint("cool it: a heat sink, a fan, or fewer [model] threads")
@@ -149,7 +126,7 @@ fn throttling(root: &Path) -> Finding {
 
 fn clock(config: &Config, now_s: u64) -> Finding {
     const WHAT: &str = "clock";
-    if now_s >= EARLIEST {
+    if now_s >= EARLIEST_S {
         return Finding::new(WHAT, State::Ok, "it is set");
     }
     let encrypted = matches!(
@@ -226,7 +203,7 @@ mod tests {
     #[test]
     fn a_clock_that_is_not_set() {
         let mut config = Config::default();
-        assert_eq!(clock(&config, EARLIEST).state, State::Ok);
+        assert_eq!(clock(&config, EARLIEST_S).state, State::Ok);
         assert_eq!(clock(&config, 90).state, State::Warn);
         "mqtts://broker".clone_into(&mut config.broker.url);
         assert_eq!(clock(&config, 90).state, State::Fail);

@@ -197,6 +197,13 @@ impl Context {
         })
     }
 
+    /// From here on so many threads compute, of those that the context was made with.
+    pub fn use_threads(&mut self, count: u32) {
+        let count = i32::try_from(count).unwrap_or(i32::MAX).max(1);
+        // SAFETY: the context is there, and nothing is computed meanwhile: this borrows it alone.
+        unsafe { sys::llama_set_n_threads(self.context.as_ptr(), count, count) }
+    }
+
     /// Cells.
     pub fn cells(&self) -> u32 {
         // SAFETY: the context is there.

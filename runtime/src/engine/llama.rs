@@ -118,10 +118,11 @@ impl Llama {
         let model: &'static LlamaModel = model;
         let trained = model.n_ctx_train();
         let threads = if settings.threads == 0 {
-            cores::physical()
+            cores::threads()
         } else {
             settings.threads
         };
+        cores::keep_to_the_fast(threads);
         let params = Params {
             n_ctx: settings.n_ctx,
             n_batch: N_BATCH,
@@ -164,6 +165,12 @@ impl Llama {
             exact,
             scratch: params.n_seq_max.cast_signed() - 1,
         })
+    }
+
+    /// From here on this share of the threads computes, at least one.
+    pub fn use_threads(&mut self, share: f64) {
+        let threads = (f64::from(self.info.threads) * share).round().max(1.0) as u32;
+        self.context.use_threads(threads);
     }
 
     /// What was loaded.

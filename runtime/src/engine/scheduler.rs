@@ -23,9 +23,13 @@ use super::prefix::Prefixes;
 use super::prefix::disk::Disk;
 use super::slot::{Prepared, Slot};
 use super::{FromWorker, Job, JobError, Settings};
+use crate::thermal::Step;
 
 mod admit;
 mod rest;
+
+/// A rest is no longer than this, so that the daemon hears of the worker.
+const LONGEST_REST: Duration = Duration::from_secs(2);
 
 /// All requests that the worker has.
 #[derive(Debug)]
@@ -55,6 +59,8 @@ pub struct Scheduler {
     arrivals: u64,
     /// Slots that may be under way at a time.
     most: usize,
+    /// Whether it rests after each step, against heat.
+    rests: bool,
     /// The adapter of the last step.
     turn: Option<String>,
     events: Vec<FromWorker>,
@@ -86,6 +92,7 @@ impl Scheduler {
             candidates: Vec::new(),
             arrivals: 0,
             most: slots.unsigned_abs() as usize,
+            rests: false,
             turn: None,
             events: Vec::new(),
             settings: settings.clone(),
@@ -182,6 +189,15 @@ impl Scheduler {
         self.fail(job, &JobError::Cancelled);
     }
 
+    /// Works with fewer threads and with pauses while the machine is hot.
+    pub fn ease(&mut self, step: Step) {
+        self.llama.use_threads(match step {
+            Step::Cool => 1.0,
+            _ => 0.5,
+        });
+        self.rests = step >= Step::Slower;
+    }
+
     /// One step of the model.
     pub fn step(&mut self) {
         self.admit();
@@ -226,6 +242,9 @@ impl Scheduler {
                 None => Err(JobError::Llama("llama.cpp gave no logits".to_owned())),
             };
             self.settle(at, outcome);
+        }
+        if self.rests {
+            std::thread::sleep(started.elapsed().min(LONGEST_REST));
         }
     }
 

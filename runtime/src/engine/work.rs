@@ -76,6 +76,7 @@ fn take(scheduler: &mut Scheduler, frame: ToWorker) {
     match frame {
         ToWorker::Run { job, request } => scheduler.add(job, *request),
         ToWorker::Cancel { job } => scheduler.cancel(job),
+        ToWorker::Ease { step } => scheduler.ease(step),
         ToWorker::Identity { sha256 } => scheduler.identify(&sha256),
         ToWorker::Load(_) => tracing::warn!("a second `load` is ignored: a model is changed by a new worker"),
     }

@@ -7,6 +7,7 @@
 use std::collections::{BTreeMap, HashMap};
 
 use super::{Key, Record, StoredAnswer};
+use crate::clock::elapsed_ms;
 use crate::wire::Request;
 
 /// How much is kept.
@@ -144,8 +145,7 @@ impl Table {
             if !matches!(entry.stage, Stage::Delivered(_)) {
                 continue;
             }
-            // A clock that went back makes nothing old.
-            if excess > 0 || now.saturating_sub(entry.at) > bounds.age_ms {
+            if excess > 0 || elapsed_ms(entry.at, now) > bounds.age_ms {
                 excess = excess.saturating_sub(entry.bytes);
                 victims.push(key.clone());
             }

@@ -5,6 +5,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::Limits;
+use crate::thermal::Step;
 
 /// State of the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -153,6 +154,9 @@ pub struct Metrics {
     /// The hottest thermal zone, degrees Celsius.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub temperature_c: Option<f64>,
+    /// What is done against heat: `cool` is nothing; absent where no sensor measures it.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub thermal: Option<Step>,
     /// What the board draws now, in watts, where a sensor measures it.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub power_w: Option<f64>,

@@ -301,7 +301,7 @@ fn what_a_device_sends_obeys_its_schema() {
         ("card", read(crate::health::card(&config, &author))),
         (
             "metrics",
-            read(crate::health::metrics(&counters, now, 0, 0, 0, None)),
+            read(crate::health::metrics(&counters, now, 0, 0, 0, None, None)),
         ),
     ] {
         let validator = validator(name);

@@ -13,6 +13,7 @@ use crate::journal::table::Stage;
 use crate::journal::{Key, Record};
 use crate::mqtt::{Ack, Incoming};
 use crate::reply;
+use crate::thermal::Step;
 use crate::wire::{Cancel, Envelope, ErrorCode, Request, Rules, request};
 
 impl Service {
@@ -126,6 +127,12 @@ impl Service {
     fn cannot_take(&mut self, key: &Key) -> Option<(ErrorCode, String)> {
         if let Some(why) = &self.unloadable {
             return Some((ErrorCode::ModelUnavailable, why.clone()));
+        }
+        if self.thermal.step() == Some(Step::Refuse) {
+            return Some((
+                ErrorCode::QueueFull,
+                "the device is too hot to take more".to_owned(),
+            ));
         }
         if self.queue.len() + self.accepting.len() >= self.config.limits.queue {
             return Some((

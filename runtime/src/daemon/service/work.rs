@@ -108,6 +108,7 @@ impl Service {
     }
 
     fn frame(&mut self, frame: FromWorker) {
+        self.heard = Instant::now();
         match frame {
             FromWorker::Ready(info) => {
                 tracing::info!(
@@ -125,6 +126,7 @@ impl Service {
                 self.asleep = false;
                 self.active = Instant::now();
                 self.identify();
+                self.ease();
                 self.publish_card();
                 self.announce();
                 self.dispatch();
@@ -167,6 +169,14 @@ impl Service {
         if self.loaded && self.hashed {
             let sha256 = self.author.sha256.clone();
             self.worker.send(ToWorker::Identity { sha256 });
+        }
+    }
+
+    /// Tells the worker what to do against heat.
+    pub(super) fn ease(&mut self) {
+        if self.loaded {
+            let step = self.thermal.step().unwrap_or_default();
+            self.worker.send(ToWorker::Ease { step });
         }
     }
 
