@@ -134,6 +134,11 @@ fn proc_kib(file: &str, label: &str) -> Option<u64> {
     line.split_whitespace().nth(1)?.parse().ok()
 }
 
+/// The most memory that a process ever had resident, in bytes.
+pub fn peak_resident(process: u32) -> Option<u64> {
+    proc_kib(&format!("/proc/{process}/status"), "VmHWM:").map(|kib| kib * 1024)
+}
+
 /// The hottest thermal zone, in thousandths of a degree Celsius.
 fn hottest() -> Option<i64> {
     (0..16)

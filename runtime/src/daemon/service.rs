@@ -9,6 +9,7 @@
 //! ```
 
 use std::collections::{HashMap, HashSet, VecDeque};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc;
@@ -23,12 +24,18 @@ use crate::journal::{Key, Record, StoredAnswer};
 use crate::mqtt::{Ack, Event as LinkEvent, Link, Outgoing};
 use crate::queue::{Queue, Waiting};
 use crate::reply::{self, Author, Stream};
+use crate::transcript::Transcript;
 use crate::wire::{ErrorCode, Request, Topics};
 use crate::worker::Worker;
 
 mod answers;
+mod commands;
+mod erase;
 mod intake;
+pub mod models;
 mod work;
+
+use models::Models;
 
 /// Requests that the worker has besides those under way, so that it goes on without a pause, and sees which of them
 /// begin alike.
@@ -42,6 +49,8 @@ const REFUSALS: usize = 128;
 const MOST_ATTEMPTS: u32 = 3;
 /// The journal is written anew when it is this large and less than half of it counts.
 const COMPACT_BYTES: u64 = 1024 * 1024;
+/// Between two looks for transcripts that are too old.
+const EXPIRY: Duration = Duration::from_secs(60);
 
 /// One that the worker has.
 struct Running {
@@ -52,12 +61,22 @@ struct Running {
     began: Instant,
     stream: Option<Stream>,
     cancelled: bool,
+    /// It was ended because it took too long.
+    late: bool,
 }
 
 /// What a commit of the journal is waited for.
 enum OnCommit {
-    Accepted { key: Key, acks: Vec<Ack> },
-    Done { key: Key, correlation: Option<Vec<u8>> },
+    Accepted {
+        key: Key,
+        acks: Vec<Ack>,
+    },
+    Done {
+        key: Key,
+        correlation: Option<Vec<u8>>,
+    },
+    /// The journal was written anew for an erasure.
+    Erased,
     Nothing,
 }
 
@@ -79,7 +98,7 @@ enum OnDelivery {
 /// All state of the daemon.
 pub struct Service {
     config: Config,
-    /// Names of the configured LoRA adapters.
+    /// Names of the LoRA adapters.
     adapters: Vec<String>,
     topics: Topics,
     bounds: Bounds,
@@ -128,6 +147,11 @@ pub struct Service {
     counters: Counters,
     started: Instant,
     last_metrics: Instant,
+    models: Models,
+    state_folder: PathBuf,
+    transcript: Transcript,
+    last_expiry: Instant,
+    erasing: Option<erase::Erasing>,
 }
 
 impl std::fmt::Debug for Service {
@@ -148,9 +172,15 @@ impl Service {
         link: Link,
         writer: Writer,
         worker: Worker,
+        (models, adapters): (Models, Vec<String>),
     ) -> Self {
         Self {
-            adapters: config.adapters.keys().cloned().collect(),
+            adapters,
+            transcript: Transcript::of(models.state(), config.content.hours),
+            state_folder: models.state().to_owned(),
+            last_expiry: Instant::now(),
+            erasing: None,
+            models,
             topics: Topics::new(&config.root, &config.device),
             bounds: Bounds {
                 bytes: config.journal.bytes,
@@ -158,6 +188,7 @@ impl Service {
             },
             author: Author {
                 device: config.device.clone(),
+                disclosure: config.reply.disclosure.clone(),
                 ..Author::default()
             },
             queue: Queue::default(),
@@ -199,6 +230,8 @@ impl Service {
 
     /// Takes up what the journal says is still owed.
     pub fn replay(&mut self) {
+        self.resume_order();
+        self.transcript.expire(unix_ms());
         let now_ms = unix_ms();
         let now = Instant::now();
         for (key, entry) in self.table.entries() {
@@ -335,6 +368,7 @@ impl Service {
                 });
                 self.publish_answers();
             }
+            OnCommit::Erased => self.journal_erased(commit.error.as_ref()),
             OnCommit::Nothing => {}
         }
     }
@@ -363,8 +397,15 @@ impl Service {
         }
     }
 
-    /// The model's hash is known.
+    /// The hash of the model that the daemon began with is known.
     pub fn hashed(&mut self, sha256: String) {
+        if self.hashed {
+            // Another one is served in the meantime.
+            return;
+        }
+        if self.damaged(&sha256) {
+            return;
+        }
         self.author.sha256 = sha256;
         self.hashed = true;
         self.identify();
@@ -389,6 +430,13 @@ impl Service {
         self.publish_answers();
         self.publish_refusals();
         self.dispatch();
+        self.end_late_work();
+        self.go_on_erasing();
+        if self.last_expiry.elapsed() > EXPIRY {
+            self.last_expiry = Instant::now();
+            self.transcript.expire(unix_ms());
+        }
+        self.look_after_models();
         self.sleep_when_idle();
         self.evict();
         if self.journal_bytes > COMPACT_BYTES && self.journal_bytes > 3 * self.table.bytes() as u64 {
