@@ -190,6 +190,16 @@ impl Store {
         Ok(ids)
     }
 
+    /// Whether an installed model has a signature, which is then a trusted key's.
+    ///
+    /// # Errors
+    /// A signature that is not good, or none where one is wanted.
+    pub fn check_signature(&self, id: &str, config: &crate::config::Config) -> Result<bool, StoreError> {
+        let source = Source::parse(&self.manifest_path(id).display().to_string())?;
+        let (_, signed) = install::verified(&source, config)?;
+        Ok(signed.signature.is_some())
+    }
+
     /// What is installed, for people and programs.
     pub fn listing(&self) -> serde_json::Value {
         let place = self.place().unwrap_or_default();

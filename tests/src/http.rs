@@ -2,7 +2,7 @@
 
 use std::io::{BufRead as _, BufReader, Read as _, Seek as _, SeekFrom, Write as _};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::Result;
@@ -27,7 +27,7 @@ impl Server {
         std::thread::spawn(move || {
             for stream in listener.incoming().map_while(Result::ok) {
                 let (folder, log) = (folder.clone(), Arc::clone(&log));
-                std::thread::spawn(move || answer(stream, folder, most, &log).ok());
+                std::thread::spawn(move || answer(stream, &folder, most, &log).ok());
             }
         });
         Ok(Self { port, asked })
@@ -44,7 +44,7 @@ impl Server {
     }
 }
 
-fn answer(stream: TcpStream, folder: PathBuf, most: u64, log: &Mutex<Vec<String>>) -> Result<()> {
+fn answer(stream: TcpStream, folder: &Path, most: u64, log: &Mutex<Vec<String>>) -> Result<()> {
     let mut reader = BufReader::new(stream);
     let (mut name, mut from) = (String::new(), 0);
     for line in reader.by_ref().lines() {

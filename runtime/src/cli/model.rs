@@ -212,7 +212,6 @@ fn change(
 }
 
 /// Progress, on a terminal only.
-#[expect(clippy::needless_pass_by_value, reason = "what a callback gets is its own")]
 fn show(progress: Progress) {
     let mut out = std::io::stderr();
     if !out.is_terminal() {

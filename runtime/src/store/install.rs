@@ -27,7 +27,7 @@ use crate::plan::{available, mebibytes};
 /// What stays free on the disk besides the journal.
 const MARGIN: u64 = 16 << 20;
 /// How long the daemon may take to unload its model.
-const ROOM_PATIENCE: Duration = Duration::from_secs(60);
+const ROOM_PATIENCE: Duration = Duration::from_secs(30);
 /// Attempts in a row that bring nothing.
 const ATTEMPTS: u32 = 5;
 

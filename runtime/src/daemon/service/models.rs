@@ -30,8 +30,8 @@ pub struct Models {
     stamp: Stamp,
     /// The model to change to, and since when.
     next: Option<(Served, Instant)>,
-    /// An installation needs the memory.
-    room: bool,
+    /// An installation needs the memory, since then.
+    room: Option<Instant>,
     /// The model that is served has shown that it works.
     proven: bool,
     /// Starts in a row without that.
@@ -60,7 +60,7 @@ impl Models {
             starts: place.starts,
             served,
             next: None,
-            room: false,
+            room: None,
             loaded_at: None,
         }
     }
@@ -77,7 +77,7 @@ impl Models {
 
     /// Whether no new work may begin: the worker is about to end.
     pub(super) fn hold(&self) -> bool {
-        self.next.is_some() || self.room
+        self.next.is_some() || self.room.is_some()
     }
 }
 
@@ -187,11 +187,13 @@ impl Service {
     /// Unloads the model while an installation needs its memory.
     fn make_room(&mut self) {
         let wanted = self.models.store.room_is_wanted();
-        if wanted && !self.models.room {
+        if wanted && self.models.room.is_none() {
             tracing::info!("the model is unloaded: an installation needs the memory");
         }
-        self.models.room = wanted;
-        if wanted && self.loaded && self.running.is_empty() {
+        let since = self.models.room.unwrap_or_else(Instant::now);
+        self.models.room = wanted.then_some(since);
+        let grace = Duration::from_secs(self.config.grace_s);
+        if wanted && self.loaded && (self.running.is_empty() || since.elapsed() > grace) {
             self.loaded = false;
             self.asleep = true;
             self.worker.sleep();
