@@ -13,6 +13,8 @@ mod ask;
 mod bench;
 mod check;
 mod config;
+mod installer;
+mod model;
 mod serve;
 mod worker;
 
@@ -42,6 +44,7 @@ Examples:
   pipit serve --model SmolLM2-135M-Instruct.Q4_1.gguf
   pipit check --model SmolLM2-135M-Instruct.Q4_1.gguf
   pipit ask 'Turn on the kitchen light' --stream
+  pipit model install https://models.example.org/smart-home/manifest.json
   pipit serve --model model.gguf --broker mqtt://broker.local --device kitchen
   mosquitto_rr -V 5 -t pipit/v1/kitchen/req -e reply/me -m 'Turn on the kitchen light'
 
@@ -69,6 +72,11 @@ enum Command {
     Check(Box<check::Args>),
     /// Measure prefill and decode of a model on this machine
     Bench(bench::Args),
+    /// Install, list, verify, activate and roll back models
+    Model(Box<model::Args>),
+    /// The process that installs a model; `serve` starts it
+    #[command(hide = true)]
+    Installer,
     /// The process that runs the model; `serve` starts it
     #[command(hide = true)]
     Worker,
@@ -125,6 +133,8 @@ pub(crate) fn run() -> ExitCode {
         Command::Config(args) => config::run(&args),
         Command::Check(args) => check::run(&args),
         Command::Bench(args) => bench::run(&args),
+        Command::Model(args) => model::run(&args),
+        Command::Installer => return installer::run(),
         Command::Worker => return worker::run(),
     };
     match result {
@@ -156,6 +166,7 @@ fn code_of(error: &anyhow::Error) -> u8 {
             DaemonError::Config(_)
             | DaemonError::NoModel
             | DaemonError::Model(_)
+            | DaemonError::Store(_)
             | DaemonError::Plan(_)
             | DaemonError::Link(_),
         ) => code::CONFIG,

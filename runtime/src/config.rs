@@ -17,6 +17,7 @@ mod file;
 mod keys;
 mod layers;
 mod origin;
+pub mod secret;
 mod sections;
 mod show;
 mod sources;
@@ -28,7 +29,8 @@ pub use keys::Key;
 pub use layers::{Layers, Setting};
 pub use origin::Origin;
 pub use sections::{
-    BrokerSection, JournalSection, MetricsSection, ModelSection, PrefixSection, ReplySection, SamplingSection,
+    AdminSection, BrokerSection, ContentSection, InstallSection, JournalSection, MetricsSection,
+    ModelSection, PrefixSection, ReplySection, SamplingSection,
 };
 pub use sources::Sources;
 
@@ -54,6 +56,10 @@ pub struct Config {
     pub broker: BrokerSection,
     /// The model.
     pub model: ModelSection,
+    /// Which models may be installed.
+    pub install: InstallSection,
+    /// Who may change the device.
+    pub admin: AdminSection,
     /// LoRA adapters (GGUF files) by the name that a request calls them.
     pub adapters: BTreeMap<String, PathBuf>,
     /// Beginnings of prompts.
@@ -66,6 +72,8 @@ pub struct Config {
     pub limits: Limits,
     /// What is kept.
     pub journal: JournalSection,
+    /// What is kept in words.
+    pub content: ContentSection,
     /// Counters.
     pub metrics: MetricsSection,
 }
@@ -79,12 +87,15 @@ impl Default for Config {
             grace_s: 5,
             broker: BrokerSection::default(),
             model: ModelSection::default(),
+            install: InstallSection::default(),
+            admin: AdminSection::default(),
             adapters: BTreeMap::new(),
             prefix: PrefixSection::default(),
             sampling: SamplingSection::default(),
             reply: ReplySection::default(),
             limits: Limits::default(),
             journal: JournalSection::default(),
+            content: ContentSection::default(),
             metrics: MetricsSection::default(),
         }
     }

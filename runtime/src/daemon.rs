@@ -6,22 +6,25 @@
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use crate::config::{Address, Config, ConfigError};
-use crate::engine;
-use crate::engine::prefix::disk::Place;
+use crate::config::{Address, Config, ConfigError, secret};
 use crate::health::{self, State, Systemd};
 use crate::journal::table::Table;
 use crate::journal::writer::Writer;
 use crate::journal::{Journal, JournalError};
 use crate::model::{self, ModelError};
-use crate::mqtt::{self, Link, LinkError};
-use crate::plan::{self, Plan, PlanError};
+use crate::mqtt::{self, Link, LinkError, Tls};
+use crate::plan::PlanError;
+use crate::store::place::{GivenUp, MOST_STARTS};
+use crate::store::{Served, Store, StoreError};
 use crate::wire::Topics;
 use crate::worker::{self, Worker};
 
+pub mod installer;
 pub mod service;
 
+use installer::Installer;
 use service::Service;
+use service::models::Models;
 
 /// Why the daemon cannot run.
 #[derive(Debug, thiserror::Error)]
@@ -30,7 +33,7 @@ pub enum DaemonError {
     #[error(transparent)]
     Config(#[from] ConfigError),
     /// No model is named.
-    #[error("no model; hint: --model FILE.gguf, or [model] path in the configuration")]
+    #[error("no model; hint: `pipit model install`, --model FILE.gguf, or [model] path in the configuration")]
     NoModel,
     /// The model.
     #[error(transparent)]
@@ -38,6 +41,9 @@ pub enum DaemonError {
     /// Settings that no plan can be made for.
     #[error(transparent)]
     Plan(#[from] PlanError),
+    /// An installed model.
+    #[error(transparent)]
+    Store(#[from] StoreError),
     /// The journal.
     #[error(transparent)]
     Journal(#[from] JournalError),
@@ -72,11 +78,16 @@ pub async fn serve(
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), DaemonError> {
     config.check()?;
-    let model = config.model.path.clone().ok_or(DaemonError::NoModel)?;
-    let header = model::inspect(&model)?;
-    let plan = Plan::of(&header, &plan::Settings::of(&config)?);
+    if let Some(path) = &config.model.path {
+        // Before a folder is made.
+        model::inspect(path)?;
+    }
     let state = state_folder(&config)?;
     let _lock = lock(&state)?;
+    let store = Store::of(&state);
+    let served = choose(&config, &state, &store)?;
+    let (header, plan) = served.plan(&config)?;
+    let model = served.path.clone();
     let (journal, replayed) = Journal::open(&state.join("journal"))?;
     if replayed.dropped_bytes > 0 {
         tracing::warn!(
@@ -94,18 +105,23 @@ pub async fn serve(
         }
         Address::Remote { .. } => None,
     };
+    if let Some(why) = open_way(&config) {
+        tracing::warn!("{why}; hint: mqtts:// in [broker] url");
+    }
     let options = link_options(&config)?;
     let broker_name = format!("{}:{}", options.host, options.port);
     let (link, mut link_events) = Link::start(options)?;
     let (writer, mut commits) = Writer::start(journal)?;
-    let (worker, mut worker_events) = Worker::start(worker::Options {
-        program: std::env::current_exe()?,
-        settings: engine_settings(&config, &model, &state)?,
+    let program = std::env::current_exe()?;
+    let worker_options = worker::Options {
+        program: program.clone(),
+        settings: served.settings(&config, &state)?,
         plan,
         memory_bytes: config.model.memory_bytes,
         hang: Duration::from_secs(config.model.hang_s),
         verbose,
-    });
+    };
+    let (worker, mut worker_events) = Worker::start(worker_options.clone());
     tracing::info!(
         "device {}: model {} ({}), broker {broker_name}",
         config.device,
@@ -120,7 +136,18 @@ pub async fn serve(
 
     let grace = Duration::from_secs(config.grace_s);
     let mut systemd = Systemd::new();
-    let mut service = Service::new(config, table, journal_bytes, link.clone(), writer, worker);
+    let adapters = served.adapters.keys().cloned().collect();
+    let (installer, mut reports) = Installer::new(program, state.clone());
+    let models = Models::new(store, installer, state, worker_options, served);
+    let mut service = Service::new(
+        config,
+        table,
+        journal_bytes,
+        link.clone(),
+        writer,
+        worker,
+        (models, adapters),
+    );
     service.replay();
     systemd.ready();
     let mut tick = tokio::time::interval(Duration::from_millis(250));
@@ -150,6 +177,7 @@ pub async fn serve(
                     Err(error) => tracing::error!("model {}: {error}", model.display()),
                 }
             }
+            Some(report) = reports.recv() => service.reported(report),
             () = tokio::time::sleep_until(chunk_due.unwrap_or_else(tokio::time::Instant::now)),
                 if chunk_due.is_some() => service.chunks(),
             _ = tick.tick() => {
@@ -182,32 +210,34 @@ pub async fn serve(
     Ok(())
 }
 
-/// What the worker is told.
-fn engine_settings(
-    config: &Config,
-    model: &std::path::Path,
-    state: &std::path::Path,
-) -> std::io::Result<engine::Settings> {
-    let adapters = config.adapters.iter();
-    let adapters = adapters.map(|(name, path)| Ok((name.clone(), std::path::absolute(path)?)));
-    let disk = Place {
-        folder: std::path::absolute(state.join("prefix"))?,
-        bytes: config.prefix.disk_bytes,
-        tokens: config.prefix.disk_tokens,
+/// The model to begin with: of the configuration, or the active one of the store, or the one before it, where the active
+/// one was given up or cannot be read.
+fn choose(config: &Config, state: &std::path::Path, store: &Store) -> Result<Served, DaemonError> {
+    let fit = |served: Option<Served>| -> Result<Served, DaemonError> {
+        let served = served.ok_or(DaemonError::NoModel)?;
+        served.plan(config)?;
+        Ok(served)
     };
-    Ok(engine::Settings {
-        model: std::path::absolute(model)?,
-        n_ctx: config.model.n_ctx,
-        slots: config.model.slots,
-        threads: config.model.threads,
-        cache_type_k: config.model.cache_type_k.clone(),
-        cache_type_v: config.model.cache_type_v.clone(),
-        prefill_chunk: config.model.prefill_chunk,
-        prefill_ms: config.model.prefill_ms,
-        adapters: adapters.collect::<std::io::Result<_>>()?,
-        prefix_bytes: config.prefix.ram_bytes,
-        prefix_disk: (config.prefix.disk_bytes > 0).then_some(disk),
-    })
+    let place = store.place().unwrap_or_default();
+    let hopeless = config.model.path.is_none() && !place.proven && place.starts >= MOST_STARTS;
+    let error = match Served::of(config, state).map_err(DaemonError::from).and_then(fit) {
+        Ok(served) if !hopeless => return Ok(served),
+        Ok(served) if place.previous.is_none() => return Ok(served),
+        Ok(_) => format!("it was started {} times and has not answered", place.starts),
+        Err(error) if config.model.path.is_some() || place.previous.is_none() => return Err(error),
+        Err(error) => error.to_string(),
+    };
+    tracing::error!("the model {} is given up: {error}", place.active);
+    let place = store.change(|place| {
+        let given_up = GivenUp {
+            id: place.active.clone(),
+            why: error,
+        };
+        let mut place = place.rolled_back()?;
+        (place.previous, place.proven, place.given_up) = (None, true, Some(given_up));
+        Ok(place)
+    })?;
+    fit(Some(Served::installed(store, &place.active)?))
 }
 
 /// How the daemon greets the broker.
@@ -219,6 +249,9 @@ fn link_options(config: &Config) -> Result<mqtt::Options, DaemonError> {
     options.session_expiry_s = config.broker.session_expiry_s;
     options.most_packet_bytes = u32::try_from(most_packet_bytes(config)).unwrap_or(u32::MAX);
     options.subscribe = vec![topics.request(), topics.cancel()];
+    if config.admin.over_mqtt {
+        options.subscribe.push(topics.commands());
+    }
     options.will = Some((topics.status(), will));
     Ok(options)
 }
@@ -229,7 +262,7 @@ fn link_options(config: &Config) -> Result<mqtt::Options, DaemonError> {
 /// A password file that cannot be read, an address that cannot be.
 pub fn broker_options(config: &Config) -> Result<mqtt::Options, ConfigError> {
     let (host, port, tls) = match Address::parse(&config.broker.url)? {
-        Address::Remote { host, port, tls } => (host, port, tls.then(|| config.broker.ca.clone())),
+        Address::Remote { host, port, tls } => (host, port, tls),
         Address::Embedded(address) => {
             // A broker that listens everywhere is reached here.
             let ip = if address.ip().is_unspecified() {
@@ -237,17 +270,15 @@ pub fn broker_options(config: &Config) -> Result<mqtt::Options, ConfigError> {
             } else {
                 address.ip().to_string()
             };
-            (ip, address.port(), None)
+            (ip, address.port(), false)
         }
     };
+    let tls = match tls {
+        true => Some(tls_options(config)?),
+        false => None,
+    };
     let login = match (&config.broker.username, &config.broker.password_file) {
-        (Some(user), Some(file)) => {
-            let password = std::fs::read_to_string(file).map_err(|source| ConfigError::Io {
-                path: file.clone(),
-                source,
-            })?;
-            Some((user.clone(), password.trim_end_matches(['\r', '\n']).to_owned()))
-        }
+        (Some(user), Some(file)) => Some((user.clone(), secret::password(file)?)),
         (Some(user), None) => Some((user.clone(), String::new())),
         (None, _) => None,
     };
@@ -262,6 +293,57 @@ pub fn broker_options(config: &Config) -> Result<mqtt::Options, ConfigError> {
         most_packet_bytes: 4 * 1024 * 1024,
         subscribe: Vec::new(),
         will: None,
+    })
+}
+
+fn tls_options(config: &Config) -> Result<Tls, ConfigError> {
+    let broker = &config.broker;
+    let client = match (&broker.certificate, &broker.key) {
+        (Some(certificate), Some(key)) => {
+            let pem = |key: &'static str, path: &std::path::Path, bytes: Vec<u8>, what: &str| {
+                let is_one = memchr::memmem::find(&bytes, what.as_bytes()).is_some();
+                match is_one {
+                    true => Ok(bytes),
+                    false => Err(ConfigError::value(
+                        key,
+                        format!("{} holds no `{what}`; hint: a PEM file", path.display()),
+                    )),
+                }
+            };
+            let path = secret::file(certificate);
+            let bytes = std::fs::read(&path).map_err(|source| ConfigError::Io {
+                path: path.clone(),
+                source,
+            })?;
+            let certificate = pem("broker.certificate", &path, bytes, "BEGIN CERTIFICATE")?;
+            Some((
+                certificate,
+                pem("broker.key", key, secret::read(key)?, "PRIVATE KEY")?,
+            ))
+        }
+        _ => None,
+    };
+    Ok(Tls {
+        ca: broker.ca.clone(),
+        client,
+    })
+}
+
+/// What is wrong with a way to the broker on which others can read along; `None` when nothing is.
+pub fn open_way(config: &Config) -> Option<String> {
+    let Ok(Address::Remote { host, tls: false, .. }) = Address::parse(&config.broker.url) else {
+        return None;
+    };
+    let here = host == "localhost"
+        || host
+            .parse::<std::net::IpAddr>()
+            .is_ok_and(|address| address.is_loopback());
+    let password = match &config.broker.password_file {
+        Some(_) => ", the password among it",
+        None => "",
+    };
+    (!here).then(|| {
+        format!("the connection to {host} is not encrypted: whoever is on the way reads everything{password}")
     })
 }
 

@@ -2,7 +2,8 @@
 //!
 //! In: the environment variable `PIPIT_FAULT=POINT[:N]`. Out: at the N-th passage of the point (the first, unless
 //! given) the process kills itself with SIGKILL: nothing is flushed, nothing is said. Only in builds with debug
-//! assertions; a release build has none of it. The tests in tests/tests/faults.rs go through every point.
+//! assertions; a release build has none of it. The tests in tests/tests/faults.rs and
+//! models.rs go through every point.
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -10,7 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 /// The environment variable.
 pub const VARIABLE: &str = "PIPIT_FAULT";
 
-/// A place on a request's way.
+/// A place on the way of a request or of an installation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Point {
     /// The request was received and is good; nothing is written.
@@ -27,11 +28,25 @@ pub enum Point {
     AfterFinal,
     /// The broker has confirmed the final answer; the journal does not say so yet.
     BeforeMark,
+    /// A piece of a model was written.
+    ModelFetching,
+    /// All of a file is there and is the right one; it has not got its name yet.
+    ModelFetched,
+    /// It has.
+    ModelStored,
+    /// The manifest is in the store.
+    ModelWritten,
+    /// The canary has answered well; nothing is switched yet.
+    ModelTried,
+    /// The new model is the active one; what is not needed any more is still there.
+    ModelSwitched,
+    /// The daemon has told the worker to make way.
+    ModelChanging,
 }
 
 impl Point {
-    /// All of them with their names, in the order of a request's way.
-    pub const ALL: [(&'static str, Self); 7] = [
+    /// All of them with their names, in the order of a request's way, then of an installation's.
+    pub const ALL: [(&'static str, Self); 14] = [
         ("after_receive", Self::AfterReceive),
         ("after_journal", Self::AfterJournal),
         ("after_ack", Self::AfterAck),
@@ -39,6 +54,13 @@ impl Point {
         ("after_run", Self::AfterRun),
         ("after_final", Self::AfterFinal),
         ("before_mark", Self::BeforeMark),
+        ("model_fetching", Self::ModelFetching),
+        ("model_fetched", Self::ModelFetched),
+        ("model_stored", Self::ModelStored),
+        ("model_written", Self::ModelWritten),
+        ("model_tried", Self::ModelTried),
+        ("model_switched", Self::ModelSwitched),
+        ("model_changing", Self::ModelChanging),
     ];
 }
 

@@ -137,6 +137,11 @@ fn proc_kib(file: &str, label: &str) -> Option<u64> {
     line.split_whitespace().nth(1)?.parse().ok()
 }
 
+/// The most memory that a process ever had resident, in bytes.
+pub fn peak_resident(process: u32) -> Option<u64> {
+    proc_kib(&format!("/proc/{process}/status"), "VmHWM:").map(|kib| kib * 1024)
+}
+
 /// Watts of the first sensor that measures power: a hardware monitor's own figure in microwatts, or the product of
 /// millivolts and milliamperes on an INA3221's first channel, which is the whole board's on a Jetson.
 /// Source: the kernel's Documentation/hwmon/sysfs-interface and ina3221.

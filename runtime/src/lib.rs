@@ -1,7 +1,8 @@
 //! Pipit's runtime: a daemon that answers prompts over MQTT with a small language model, and its client.
 //!
 //! Data flows one way: [`config`] → [`mqtt`] → [`wire`] → [`journal`] → [`queue`] → [`engine`] (in a [`worker`]
-//! process) → [`reply`]; beside them [`model`] and [`health`]. [`daemon`] joins them, and
+//! process) → [`reply`]; beside them [`model`], the
+//! [`store`] of installed ones, and [`health`]. [`daemon`] joins them, and
 //! [`doctor`] looks at what they need: [`kernels`], [`cores`], the memory [`plan`].
 
 pub mod bench;
@@ -23,6 +24,8 @@ pub mod mqtt;
 pub mod plan;
 pub mod queue;
 pub mod reply;
+pub mod store;
 pub mod thermal;
+pub mod transcript;
 pub mod wire;
 pub mod worker;

@@ -126,7 +126,14 @@ pub fn inspect(path: &Path) -> Result<Header, ModelError> {
 /// # Errors
 /// I/O errors.
 pub fn sha256(path: &Path) -> std::io::Result<String> {
-    let mut file = File::open(path)?;
+    sha256_of(File::open(path)?)
+}
+
+/// SHA-256 of what a reader gives.
+///
+/// # Errors
+/// I/O errors.
+pub fn sha256_of(mut file: impl Read) -> std::io::Result<String> {
     let mut hash = Sha256::new();
     let mut buffer = vec![0; 1 << 20];
     loop {

@@ -38,7 +38,7 @@ mod session;
 
 use session::EmptySession;
 
-pub use message::{Ack, Delivery, Event, Incoming, LinkError, Options, Outgoing};
+pub use message::{Ack, Delivery, Event, Incoming, LinkError, Options, Outgoing, Tls};
 
 /// Requests that may be unacknowledged: the broker holds back the rest.
 const RECEIVE_MAXIMUM: u16 = 32;
@@ -114,15 +114,18 @@ impl Link {
 fn transport(options: &Options) -> Result<Transport, LinkError> {
     match &options.tls {
         None => Ok(Transport::tcp()),
-        Some(None) => {
+        Some(Tls { ca: None, .. }) => {
             Transport::try_tls_with_default_config().map_err(|error| LinkError::Tls(error.to_string()))
         }
-        Some(Some(path)) => {
+        Some(Tls {
+            ca: Some(path),
+            client,
+        }) => {
             let ca = std::fs::read(path).map_err(|source| LinkError::Ca {
                 path: path.clone(),
                 source,
             })?;
-            Ok(Transport::tls(ca, None, None))
+            Ok(Transport::tls(ca, client.clone(), None))
         }
     }
 }

@@ -23,12 +23,17 @@ pub struct Author {
     pub model: ModelInfo,
     /// SHA-256 of its file.
     pub sha256: String,
+    /// What stands behind an answer in plain text; empty for nothing.
+    pub disclosure: String,
 }
 
 /// The final answer to a request that went well.
 pub fn completion(author: &Author, request: &Request, finished: &Finished, queue_ms: f64) -> StoredAnswer {
     if request.reply.plain {
-        let body = finished.text.trim().to_owned();
+        let mut body = finished.text.trim().to_owned();
+        if !author.disclosure.is_empty() {
+            body = format!("{body}\n{}", author.disclosure);
+        }
         return StoredAnswer {
             reply: request.reply.clone(),
             body,
@@ -245,6 +250,12 @@ mod tests {
     fn plain_text_for_plain_text() {
         let answer = completion(&Author::default(), &request(true, false), &finished(), 0.0);
         assert_eq!((answer.body.as_str(), answer.json), ("Hé.", false));
+        let author = Author {
+            disclosure: "(written by a machine)".to_owned(),
+            ..Author::default()
+        };
+        let disclosed = completion(&author, &request(true, false), &finished(), 0.0);
+        assert_eq!(disclosed.body, "Hé.\n(written by a machine)");
         let sent = message(&Author::default(), &answer, Some(vec![9]), 7);
         assert_eq!(
             (sent.content_type, sent.token, sent.retain),
@@ -264,7 +275,7 @@ mod tests {
         let author = Author {
             device: "dev".to_owned(),
             sha256: "00".to_owned(),
-            model: ModelInfo::default(),
+            ..Author::default()
         };
         let answer = completion(&author, &request(false, false), &finished(), 3.0);
         let Ok(Received::Completion(read)) = Received::parse(answer.body.as_bytes()) else {

@@ -10,6 +10,7 @@
 pub mod answer;
 pub mod body;
 pub mod cancel;
+pub mod command;
 pub mod device;
 pub mod request;
 pub mod topics;

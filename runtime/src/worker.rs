@@ -46,6 +46,8 @@ pub enum Event {
     Frame(FromWorker),
     /// It was told to unload the model, and has ended; another one follows when it is woken.
     Asleep,
+    /// It was told to make way for another model, and has ended; one with that model follows.
+    Changed,
     /// It ended; another one follows. Whatever it was doing is undone.
     Ended {
         /// How.
@@ -59,6 +61,7 @@ enum Order {
     Frame(ToWorker),
     Sleep,
     Wake,
+    Change(Box<Options>),
 }
 
 /// The sending half. When it is dropped, the worker ends.
@@ -98,6 +101,11 @@ impl Worker {
         let _ = self.orders.try_send(Order::Wake);
     }
 
+    /// Ends the worker and starts one with other options; false when there is no room to say so.
+    pub fn change(&self, options: Options) -> bool {
+        self.orders.try_send(Order::Change(Box::new(options))).is_ok()
+    }
+
     /// Ends the worker and waits for it.
     pub async fn stop(self) {
         drop(self.orders);
@@ -111,13 +119,15 @@ enum End {
     Closed,
     /// Nobody wants another for now.
     Asleep,
+    /// Another one with these options is wanted.
+    Changed(Box<Options>),
     /// By itself.
     Died { status: String, was_ready: bool },
     /// It could not load the model.
     Unloadable,
 }
 
-async fn supervise(options: Options, mut inbox: mpsc::Receiver<Order>, events: mpsc::Sender<Event>) {
+async fn supervise(mut options: Options, mut inbox: mpsc::Receiver<Order>, events: mpsc::Sender<Event>) {
     let mut wait = FIRST_WAIT;
     loop {
         let (status, pause) = match run(&options, &mut inbox, &events).await {
@@ -129,10 +139,21 @@ async fn supervise(options: Options, mut inbox: mpsc::Receiver<Order>, events: m
                 loop {
                     match inbox.recv().await {
                         Some(Order::Wake) => break,
+                        Some(Order::Change(changed)) => {
+                            options = *changed;
+                            break;
+                        }
                         // Frames for a worker that is gone; the daemon sends them again to the next.
                         Some(_) => {}
                         None => return,
                     }
+                }
+                continue;
+            }
+            End::Changed(changed) => {
+                (options, wait) = (*changed, FIRST_WAIT);
+                if events.send(Event::Changed).await.is_err() {
+                    return;
                 }
                 continue;
             }
@@ -154,8 +175,15 @@ async fn supervise(options: Options, mut inbox: mpsc::Receiver<Order>, events: m
         loop {
             tokio::select! {
                 () = &mut until => break,
-                // Frames for a worker that is gone; the daemon sends them again to the next.
-                order = inbox.recv() => if order.is_none() { return },
+                order = inbox.recv() => match order {
+                    Some(Order::Change(changed)) => {
+                        (options, wait) = (*changed, FIRST_WAIT);
+                        break;
+                    }
+                    // Frames for a worker that is gone; the daemon sends them again to the next.
+                    Some(_) => {}
+                    None => return,
+                },
             }
         }
     }
@@ -243,6 +271,11 @@ async fn run(options: &Options, inbox: &mut mpsc::Receiver<Order>, events: &mpsc
                     drop(input);
                     end(&mut child).await;
                     return End::Asleep;
+                }
+                Some(Order::Change(changed)) => {
+                    drop(input);
+                    end(&mut child).await;
+                    return End::Changed(changed);
                 }
                 None => {
                     drop(input);

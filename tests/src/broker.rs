@@ -27,7 +27,15 @@ impl Broker {
     /// # Errors
     /// When mosquitto is not installed or does not start.
     pub fn forgetful() -> Result<Self> {
-        Self::start(false, "127.0.0.1")
+        Self::start(false, "127.0.0.1", &|_| Ok("allow_anonymous true\n".to_owned()))
+    }
+
+    /// One that lets in whom these lines of mosquitto.conf let in; they get the broker's folder.
+    ///
+    /// # Errors
+    /// Those of `lines`, and when mosquitto is not installed or does not start.
+    pub fn with(lines: impl Fn(&Path) -> Result<String>) -> Result<Self> {
+        Self::start(false, "127.0.0.1", &lines)
     }
 
     /// One that listens on every address: for a network of the test's own.
@@ -35,7 +43,7 @@ impl Broker {
     /// # Errors
     /// When mosquitto is not installed or does not start.
     pub fn on_every_address() -> Result<Self> {
-        Self::start(false, "0.0.0.0")
+        Self::start(false, "0.0.0.0", &|_| Ok("allow_anonymous true\n".to_owned()))
     }
 
     /// Starts a broker that keeps sessions and messages over [`Broker::stop`] and [`Broker::restart`].
@@ -43,16 +51,17 @@ impl Broker {
     /// # Errors
     /// When mosquitto is not installed or does not start.
     pub fn persistent() -> Result<Self> {
-        Self::start(true, "127.0.0.1")
+        Self::start(true, "127.0.0.1", &|_| Ok("allow_anonymous true\n".to_owned()))
     }
 
-    fn start(persistent: bool, address: &str) -> Result<Self> {
+    fn start(persistent: bool, address: &str, more: &dyn Fn(&Path) -> Result<String>) -> Result<Self> {
         let folder = tempfile::tempdir()?;
+        let more = more(folder.path())?;
         let mut last = None;
         // Another process may take the free port before mosquitto does.
         for _ in 0..5 {
             let port = free_port()?;
-            write_config(folder.path(), address, port, persistent)?;
+            write_config(folder.path(), address, port, persistent, &more)?;
             match launch(folder.path()) {
                 Ok(process) => {
                     return Ok(Self {
@@ -233,11 +242,11 @@ pub fn free_port() -> Result<u16> {
     Ok(TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port())
 }
 
-fn write_config(folder: &Path, address: &str, port: u16, persistent: bool) -> Result<()> {
+fn write_config(folder: &Path, address: &str, port: u16, persistent: bool, more: &str) -> Result<()> {
     // `user root`: started by root, it would become a user who may not write into the test's folder. It keeps
     // everything that a slow reader has not taken: by default it would drop what is more than 1000 messages.
     let mut config = format!(
-        "user root\nlistener {port} {address}\nallow_anonymous true\nmax_queued_messages 0\n\
+        "user root\nlistener {port} {address}\n{more}max_queued_messages 0\n\
          log_dest stderr\nlog_type error\nlog_type warning\nlog_type notice\nlog_type information\n"
     );
     if persistent {

@@ -20,7 +20,7 @@ pub const PATIENCE: Duration = Duration::from_secs(240);
 pub struct Device {
     process: Option<Running>,
     folder: TempDir,
-    model: PathBuf,
+    model: Option<PathBuf>,
     name: String,
     options: Options,
 }
@@ -55,10 +55,39 @@ impl Device {
         Ok(Self {
             process: None,
             folder: tempfile::tempdir()?,
-            model: model.to_owned(),
+            model: Some(model.to_owned()),
             name: name.to_owned(),
             options,
         })
+    }
+
+    /// A device that does not run yet, and that serves what is installed in its state folder.
+    ///
+    /// # Errors
+    /// When there is no room for its state folder.
+    pub fn of_store(name: &str, options: Options) -> Result<Self> {
+        let mut device = Self::new(name, Path::new(""), options)?;
+        device.model = None;
+        std::fs::create_dir_all(device.state())?;
+        Ok(device)
+    }
+
+    /// Waits until it says that it is ready.
+    ///
+    /// # Errors
+    /// When it is not in time.
+    pub fn wait_until_ready(&self, broker: &Broker) -> Result<()> {
+        let status = broker.subscribe(&self.topic("status"))?;
+        status.wait_for(PATIENCE, |message| {
+            let state: Value = serde_json::from_str(&message.payload).unwrap_or_default();
+            state["state"] == "ready"
+        })?;
+        Ok(())
+    }
+
+    /// Its configuration file, which [`Device::launch`] writes.
+    pub fn config(&self) -> PathBuf {
+        self.folder.path().join("config.toml")
     }
 
     /// Starts it again after [`Device::kill`] or [`Device::stop`]; returns once it is ready.
@@ -68,12 +97,7 @@ impl Device {
     pub fn restart(&mut self, broker: &Broker) -> Result<()> {
         self.launch(&broker.url(), None)?;
         // The status is retained, but no `ready` of an earlier run is left: the broker put the will in its place.
-        let status = broker.subscribe(&self.topic("status"))?;
-        let outcome = status.wait_for(PATIENCE, |message| {
-            let state: Value = serde_json::from_str(&message.payload).unwrap_or_default();
-            state["state"] == "ready"
-        });
-        if let Err(error) = outcome {
+        if let Err(error) = self.wait_until_ready(broker) {
             let said = self.kill()?;
             return Err(error.context(format!("the device is not ready; it said: {}", said.stderr)));
         }
@@ -85,7 +109,7 @@ impl Device {
     /// # Errors
     /// When it cannot be started.
     pub fn launch(&mut self, broker_url: &str, fault: Option<&str>) -> Result<()> {
-        let (state, config) = (self.state(), self.folder.path().join("config.toml"));
+        let (state, config) = (self.state(), self.config());
         std::fs::create_dir_all(&state)?;
         std::fs::write(&config, &self.options.config)?;
         let script = format!("{}\nexec \"$@\"", self.options.before);
@@ -94,7 +118,9 @@ impl Device {
         let mut command = std::process::Command::new(words[0]);
         command.args(&words[1..]).arg(program::path("pipit")?);
         command.args(["serve", "--broker", broker_url, "--device", &self.name]);
-        command.arg("--model").arg(&self.model);
+        if let Some(model) = &self.model {
+            command.arg("--model").arg(model);
+        }
         command.arg("--config").arg(&config);
         command.arg("--state-dir").arg(&state).env("STATE", &state);
         if let Some(fault) = fault {

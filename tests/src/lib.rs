@@ -3,10 +3,13 @@
 //! In: the programs in cargo's target folder (`cargo build --workspace --bins`), mosquitto and its clients,
 //! SmolLM2 or a random model that answers in milliseconds. Out: processes that the tests drive, and that end with the test whatever happens in it.
 
+pub mod authority;
 pub mod broker;
 pub mod client;
 pub mod device;
 pub mod example;
+pub mod http;
 pub mod model;
+pub mod package;
 pub mod process;
 pub mod program;

@@ -40,6 +40,14 @@ impl Tiny {
     /// # Errors
     /// When the program was not built or does not convert it.
     pub fn make() -> Result<Self> {
+        Self::of_type("F16")
+    }
+
+    /// The same with weights of this type, and so another file with about the same answers.
+    ///
+    /// # Errors
+    /// When the program was not built or does not convert it.
+    pub fn of_type(kind: &str) -> Result<Self> {
         let folder = tempfile::tempdir()?;
         let tiny = Self { folder };
         let checkpoint = Path::new(env!("CARGO_MANIFEST_DIR")).join("../convert/tests/fixtures/tied");
@@ -49,6 +57,8 @@ impl Tiny {
             checkpoint.context("a path that is not UTF-8")?,
             "-o",
             out.to_str().context("a path that is not UTF-8")?,
+            "-t",
+            kind,
         ];
         program::run("pipit-convert", arguments, Duration::from_secs(60))?.success()?;
         Ok(tiny)

@@ -52,11 +52,11 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let root = Path::new("/");
     let mut findings = doctor::look(&config, root);
     let mut verified = true;
-    if let (Some(expected), Some(path)) = (&args.sha256, &config.model.path)
-        && path.is_file()
+    if let (Some(expected), Ok(Some(served))) = (&args.sha256, doctor::model::served(&config))
+        && served.path.is_file()
     {
-        let (finding, same) = doctor::model::sha256(path, expected.as_deref())
-            .with_context(|| format!("model {}", path.display()))?;
+        let (finding, same) = doctor::model::sha256(&served.path, expected.as_deref())
+            .with_context(|| format!("model {}", served.path.display()))?;
         findings.push(finding);
         verified = same;
     }

@@ -98,7 +98,7 @@ fn check(args: &Check) -> anyhow::Result<ExitCode> {
         print("no file of configuration is there: all is default; hint: pipit config generate\n")?;
     }
     if layers.config.model.path.is_none() {
-        eprintln!("note: no model is named, so `pipit serve` will need --model");
+        eprintln!("note: no model is named: `pipit serve` will need an installed one, or --model");
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -4,7 +4,8 @@ use std::fs::File;
 use std::path::Path;
 
 use super::keys::nearest_word;
-use super::{Address, Config, ConfigError};
+use super::{Address, Config, ConfigError, secret};
+use crate::store::Keys;
 use crate::wire::topics::valid_id;
 
 /// ggml's types that a KV cache can have.
@@ -77,13 +78,45 @@ impl Config {
                 wrong(key, format!("`{name}` is no type of a KV cache; hint: {hint}"));
             }
         }
-        if self.broker.password_file.is_some() && self.broker.username.is_none() {
+        if let Err(message) = Keys::new(&self.install.trusted_keys, false) {
+            wrong("install.trusted_keys", message);
+        }
+        found.extend(self.login());
+        found.extend(Address::parse(&self.broker.url).err());
+        found
+    }
+
+    /// What goes together at the broker's door.
+    fn login(&self) -> Vec<ConfigError> {
+        let broker = &self.broker;
+        let mut found = Vec::new();
+        let mut wrong = |key: &str, message: &str| found.push(ConfigError::value(key, message));
+        if broker.password_file.is_some() && broker.username.is_none() {
             wrong(
                 "broker.password_file",
-                "there is no user to whom the password belongs; hint: [broker] username".to_owned(),
+                "there is no user to whom the password belongs; hint: [broker] username",
             );
         }
-        found.extend(Address::parse(&self.broker.url).err());
+        match (&broker.certificate, &broker.key) {
+            (Some(_), None) => wrong("broker.certificate", "it has no key; hint: [broker] key"),
+            (None, Some(_)) => wrong("broker.key", "it has no certificate; hint: [broker] certificate"),
+            (Some(_), Some(_)) if broker.ca.is_none() => wrong(
+                "broker.certificate",
+                "a broker that asks for certificates has an authority of its own; hint: [broker] ca",
+            ),
+            (Some(_), Some(_))
+                if matches!(
+                    Address::parse(&broker.url),
+                    Ok(Address::Remote { tls: false, .. })
+                ) =>
+            {
+                wrong(
+                    "broker.certificate",
+                    "the connection is not encrypted; hint: mqtts:// in [broker] url",
+                );
+            }
+            _ => {}
+        }
         found
     }
 
@@ -177,18 +210,20 @@ impl Config {
             ("model.path", &self.model.path),
             ("broker.ca", &self.broker.ca),
             ("broker.password_file", &self.broker.password_file),
+            ("broker.certificate", &self.broker.certificate),
+            ("broker.key", &self.broker.key),
         ];
         let named = named
             .into_iter()
-            .filter_map(|(key, path)| Some((key.to_owned(), path.as_deref()?)));
+            .filter_map(|(key, path)| Some((key.to_owned(), secret::file(path.as_deref()?))));
         let adapters = self
             .adapters
             .iter()
-            .map(|(name, path)| (format!("adapters.{name}"), path.as_path()));
+            .map(|(name, path)| (format!("adapters.{name}"), path.clone()));
         named
             .chain(adapters)
             .filter_map(|(key, path)| {
-                let why = unreadable(path)?;
+                let why = unreadable(&path)?;
                 Some(ConfigError::value(
                     key,
                     format!(
@@ -224,6 +259,7 @@ mod tests {
             url = "http://x"
             keep_alive_s = 1
             password_file = "p"
+            key = "k"
             [model]
             n_ctx = 15
             slots = 0
@@ -248,6 +284,8 @@ mod tests {
             request_bytes = 0
             [journal]
             bytes = 0
+            [install]
+            trusted_keys = ["RWQ"]
         "#;
         let config: Config = toml::from_str(text).unwrap();
         let problems = config.problems();

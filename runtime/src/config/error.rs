@@ -50,7 +50,7 @@ pub enum ConfigError {
 
 impl ConfigError {
     /// A value that cannot be, from nowhere in particular.
-    pub(super) fn value(key: impl Into<String>, message: impl Into<String>) -> Self {
+    pub(crate) fn value(key: impl Into<String>, message: impl Into<String>) -> Self {
         Self::Value {
             origin: None,
             key: key.into(),

@@ -6,6 +6,7 @@ use serde::Deserialize as _;
 use toml::de::{DeTable, DeValue, ValueDeserializer};
 
 use super::keys::{Key, Keys};
+use super::secret::CREDENTIAL;
 use super::{ConfigError, Origin, Setting};
 
 /// What a file sets, in the order of its lines. A relative path is one beside the file.
@@ -72,7 +73,9 @@ pub(super) fn settings(
 
 fn beside(folder: &Path, value: toml::Value) -> toml::Value {
     match value {
-        toml::Value::String(path) if Path::new(&path).is_relative() && !path.is_empty() => {
+        toml::Value::String(path)
+            if Path::new(&path).is_relative() && !path.is_empty() && !path.starts_with(CREDENTIAL) =>
+        {
             folder.join(path).to_string_lossy().into_owned().into()
         }
         other => other,

@@ -56,7 +56,9 @@ impl Key {
         section == Some(ADAPTERS)
             || matches!(
                 (section, self.name.as_str()),
-                (None, "state_dir") | (Some("model"), "path") | (Some("broker"), "ca" | "password_file")
+                (None, "state_dir")
+                    | (Some("model"), "path")
+                    | (Some("broker"), "ca" | "certificate" | "key" | "password_file")
             )
     }
 }

@@ -16,10 +16,14 @@ pub struct BrokerSection {
     pub url: String,
     /// User name.
     pub username: Option<String>,
-    /// File that holds the password.
+    /// File that holds the password, or `credential:NAME`.
     pub password_file: Option<PathBuf>,
     /// PEM file with the authorities to trust for `mqtts://`; the system's by default.
     pub ca: Option<PathBuf>,
+    /// PEM file with this device's certificate.
+    pub certificate: Option<PathBuf>,
+    /// PEM file with its private key, or `credential:NAME`.
+    pub key: Option<PathBuf>,
     /// Seconds between two signs of life, 5 to 3600.
     pub keep_alive_s: u16,
     /// Seconds that the broker keeps requests for a device that is away.
@@ -38,6 +42,8 @@ impl Default for BrokerSection {
             username: None,
             password_file: None,
             ca: None,
+            certificate: None,
+            key: None,
             keep_alive_s: 30,
             session_expiry_s: 7 * 24 * 3600,
         }
@@ -88,6 +94,24 @@ impl Default for ModelSection {
             hang_s: 120,
         }
     }
+}
+
+/// `[install]`: which models may be installed.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct InstallSection {
+    /// minisign public keys whose signature makes a model good.
+    pub trusted_keys: Vec<String>,
+    /// Whether a model without a signature is taken.
+    pub allow_unsigned: bool,
+}
+
+/// `[admin]`: who may change the device.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct AdminSection {
+    /// Whether the topics `cmd/…` are listened to.
+    pub over_mqtt: bool,
 }
 
 /// `[prefix]`: beginnings of prompts, kept as KV so that the next request which begins so need not compute them.
@@ -155,12 +179,23 @@ impl Default for SamplingSection {
 pub struct ReplySection {
     /// Topics under which a client may ask for its answer, besides the device's own `res/`.
     pub prefixes: Vec<String>,
+    /// What stands behind every answer in plain text, on a line of its own; empty for nothing.
+    pub disclosure: String,
+}
+
+/// `[content]`: what people wrote and were answered, kept in words.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ContentSection {
+    /// Hours that it is kept in the state folder; 0 keeps nothing.
+    pub hours: u64,
 }
 
 impl Default for ReplySection {
     fn default() -> Self {
         Self {
             prefixes: vec!["reply/".to_owned()],
+            disclosure: String::new(),
         }
     }
 }

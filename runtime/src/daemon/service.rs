@@ -9,7 +9,7 @@
 //! ```
 
 use std::collections::{HashMap, HashSet, VecDeque};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc;
@@ -25,12 +25,18 @@ use crate::mqtt::{Ack, Event as LinkEvent, Link, Outgoing};
 use crate::queue::{Queue, Waiting};
 use crate::reply::{self, Author, Stream};
 use crate::thermal::Thermal;
+use crate::transcript::Transcript;
 use crate::wire::{ErrorCode, Request, Topics};
 use crate::worker::Worker;
 
 mod answers;
+mod commands;
+mod erase;
 mod intake;
+pub mod models;
 mod work;
+
+use models::Models;
 
 /// Requests that the worker has besides those under way, so that it goes on without a pause, and sees which of them
 /// begin alike.
@@ -44,6 +50,8 @@ const REFUSALS: usize = 128;
 const MOST_ATTEMPTS: u32 = 3;
 /// The journal is written anew when it is this large and less than half of it counts.
 const COMPACT_BYTES: u64 = 1024 * 1024;
+/// Between two looks for transcripts that are too old.
+const EXPIRY: Duration = Duration::from_secs(60);
 
 /// One that the worker has.
 struct Running {
@@ -54,12 +62,22 @@ struct Running {
     began: Instant,
     stream: Option<Stream>,
     cancelled: bool,
+    /// It was ended because it took too long.
+    late: bool,
 }
 
 /// What a commit of the journal is waited for.
 enum OnCommit {
-    Accepted { key: Key, acks: Vec<Ack> },
-    Done { key: Key, correlation: Option<Vec<u8>> },
+    Accepted {
+        key: Key,
+        acks: Vec<Ack>,
+    },
+    Done {
+        key: Key,
+        correlation: Option<Vec<u8>>,
+    },
+    /// The journal was written anew for an erasure.
+    Erased,
     Nothing,
 }
 
@@ -81,7 +99,7 @@ enum OnDelivery {
 /// All state of the daemon.
 pub struct Service {
     config: Config,
-    /// Names of the configured LoRA adapters.
+    /// Names of the LoRA adapters.
     adapters: Vec<String>,
     topics: Topics,
     bounds: Bounds,
@@ -133,6 +151,11 @@ pub struct Service {
     thermal: Thermal,
     /// When the worker last said anything.
     heard: Instant,
+    models: Models,
+    state_folder: PathBuf,
+    transcript: Transcript,
+    last_expiry: Instant,
+    erasing: Option<erase::Erasing>,
 }
 
 impl std::fmt::Debug for Service {
@@ -153,9 +176,15 @@ impl Service {
         link: Link,
         writer: Writer,
         worker: Worker,
+        (models, adapters): (Models, Vec<String>),
     ) -> Self {
         Self {
-            adapters: config.adapters.keys().cloned().collect(),
+            adapters,
+            transcript: Transcript::of(models.state(), config.content.hours),
+            state_folder: models.state().to_owned(),
+            last_expiry: Instant::now(),
+            erasing: None,
+            models,
             topics: Topics::new(&config.root, &config.device),
             bounds: Bounds {
                 bytes: config.journal.bytes,
@@ -163,6 +192,7 @@ impl Service {
             },
             author: Author {
                 device: config.device.clone(),
+                disclosure: config.reply.disclosure.clone(),
                 ..Author::default()
             },
             queue: Queue::default(),
@@ -206,6 +236,8 @@ impl Service {
 
     /// Takes up what the journal says is still owed.
     pub fn replay(&mut self) {
+        self.resume_order();
+        self.transcript.expire(unix_ms());
         let now_ms = unix_ms();
         let now = Instant::now();
         for (key, entry) in self.table.entries() {
@@ -341,6 +373,7 @@ impl Service {
                 });
                 self.publish_answers();
             }
+            OnCommit::Erased => self.journal_erased(commit.error.as_ref()),
             OnCommit::Nothing => {}
         }
     }
@@ -369,8 +402,15 @@ impl Service {
         }
     }
 
-    /// The model's hash is known.
+    /// The hash of the model that the daemon began with is known.
     pub fn hashed(&mut self, sha256: String) {
+        if self.hashed {
+            // Another one is served in the meantime.
+            return;
+        }
+        if self.damaged(&sha256) {
+            return;
+        }
         self.author.sha256 = sha256;
         self.hashed = true;
         self.identify();
@@ -395,6 +435,13 @@ impl Service {
         self.publish_answers();
         self.publish_refusals();
         self.dispatch();
+        self.end_late_work();
+        self.go_on_erasing();
+        if self.last_expiry.elapsed() > EXPIRY {
+            self.last_expiry = Instant::now();
+            self.transcript.expire(unix_ms());
+        }
+        self.look_after_models();
         self.sleep_when_idle();
         if self.thermal.look(Path::new("/"), Instant::now()) {
             tracing::warn!("heat: {:?}", self.thermal.step().unwrap_or_default());

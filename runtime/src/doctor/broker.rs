@@ -9,7 +9,7 @@ use tokio::net::TcpListener;
 
 use super::{Finding, State};
 use crate::config::{Address, Config};
-use crate::daemon::broker_options;
+use crate::daemon::{broker_options, open_way};
 use crate::mqtt::{Event, Link};
 use crate::wire::Topics;
 
@@ -49,7 +49,13 @@ async fn connect(config: &Config) -> Finding {
     let finding = match tokio::time::timeout(PATIENCE, events.recv()).await {
         Err(_) => unreachable(&format!("no answer within {} s", PATIENCE.as_secs())),
         Ok(Some(Event::Connected { .. })) => {
-            Finding::new(WHAT, State::Ok, format!("{name} takes a client of this user"))
+            let says = format!("{name} takes a client of this user");
+            match open_way(config) {
+                None => Finding::new(WHAT, State::Ok, says),
+                Some(why) => {
+                    Finding::new(WHAT, State::Warn, format!("{says}; {why}")).hint("mqtts:// in [broker] url")
+                }
+            }
         }
         Ok(Some(Event::Disconnected { reason })) => unreachable(&reason),
         Ok(Some(_)) | Ok(None) => unreachable("the connection ended"),

@@ -6,24 +6,40 @@ use super::{Finding, State};
 use crate::config::Config;
 use crate::model::{self, Header};
 use crate::plan::{Plan, Settings, available, mebibytes};
+use crate::store::{Served, Store, StoreError};
 
 /// File, memory and signature.
 pub fn findings(config: &Config, root: &Path, daemon_runs: bool) -> Vec<Finding> {
     const WHAT: &str = "model";
-    let Some(path) = &config.model.path else {
-        return vec![
-            Finding::new(WHAT, State::Fail, "no model is named")
-                .hint("--model FILE.gguf, or [model] path in the configuration"),
-        ];
+    let served = match served(config) {
+        Ok(Some(served)) => served,
+        Ok(None) => {
+            return vec![
+                Finding::new(WHAT, State::Fail, "no model is named, and none is installed")
+                    .hint("`pipit model install`, --model FILE.gguf, or [model] path in the configuration"),
+            ];
+        }
+        Err(error) => return vec![Finding::of_error(WHAT, &error)],
     };
-    match model::inspect(path) {
+    match model::inspect(&served.path) {
         Err(error) => vec![Finding::of_error(WHAT, &error)],
         Ok(header) => vec![
-            file(path, &header, config),
+            file(&served.path, &header, config),
             memory(config, &header, root, daemon_runs),
-            signature(),
+            signature(config, &served),
         ],
     }
+}
+
+/// The model that `pipit serve` would serve.
+///
+/// # Errors
+/// A state folder that is not known, an installed model that cannot be read.
+pub fn served(config: &Config) -> Result<Option<Served>, StoreError> {
+    if config.model.path.is_some() {
+        return Served::of(config, Path::new(""));
+    }
+    Served::of(config, &config.state_dir()?)
 }
 
 fn file(path: &Path, header: &Header, config: &Config) -> Finding {
@@ -92,16 +108,30 @@ fn memory(config: &Config, header: &Header, root: &Path, daemon_runs: bool) -> F
 
 /// The plan of a configuration's model; `None` where there is none to be made.
 pub fn plan(config: &Config) -> Option<Plan> {
-    let header = model::inspect(config.model.path.as_ref()?).ok()?;
+    let header = model::inspect(&served(config).ok()??.path).ok()?;
     Some(Plan::of(&header, &Settings::of(config).ok()?))
 }
 
-fn signature() -> Finding {
-    Finding::new(
-        "signature",
-        State::Info,
-        "not looked for: this version has no `pipit model install`, which signatures come with",
-    )
+fn signature(config: &Config, served: &Served) -> Finding {
+    const WHAT: &str = "signature";
+    let (Some(id), Ok(state)) = (&served.id, config.state_dir()) else {
+        return Finding::new(WHAT, State::Info, "a file that the configuration names has none")
+            .hint("`pipit model install` takes signed models only");
+    };
+    match Store::of(&state).check_signature(id, config) {
+        Ok(true) => Finding::new(
+            WHAT,
+            State::Ok,
+            format!("{id} is signed by a key that is trusted"),
+        ),
+        Ok(false) => Finding::new(
+            WHAT,
+            State::Warn,
+            format!("{id} is not signed, and that is allowed"),
+        )
+        .hint("[install] trusted_keys, and allow_unsigned = false"),
+        Err(error) => Finding::of_error(WHAT, &error),
+    }
 }
 
 /// The file's hash, against the one that was expected; hexadecimal digits of either case.

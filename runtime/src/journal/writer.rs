@@ -28,7 +28,10 @@ enum Order {
         records: Vec<Record>,
         sync: bool,
     },
-    Compact(Vec<Record>),
+    Compact {
+        ticket: Option<u64>,
+        records: Vec<Record>,
+    },
 }
 
 /// Sends batches to the thread. The thread ends, with everything written, when this is dropped.
@@ -71,7 +74,18 @@ impl Writer {
 
     /// Replaces the whole file.
     pub fn compact(&self, records: Vec<Record>) {
-        self.send(Order::Compact(records));
+        self.send(Order::Compact {
+            ticket: None,
+            records,
+        });
+    }
+
+    /// Replaces the whole file; a [`Committed`] with `ticket` follows.
+    pub fn compact_and_tell(&self, ticket: u64, records: Vec<Record>) {
+        self.send(Order::Compact {
+            ticket: Some(ticket),
+            records,
+        });
     }
 
     fn send(&self, order: Order) {
@@ -106,9 +120,11 @@ fn run(mut journal: Journal, inbox: &Receiver<Order>, commits: &UnboundedSender<
                     let error = journal.append(&records).err().map(|error| error.to_string());
                     waiting.push((ticket, error));
                 }
-                Order::Compact(records) => {
-                    if let Err(error) = journal.compact(&records) {
-                        tracing::warn!("{error}");
+                Order::Compact { ticket, records } => {
+                    let error = journal.compact(&records).err().map(|error| error.to_string());
+                    match ticket {
+                        Some(ticket) => waiting.push((ticket, error)),
+                        None => error.iter().for_each(|error| tracing::warn!("{error}")),
                     }
                 }
             }

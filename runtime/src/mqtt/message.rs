@@ -9,8 +9,8 @@ pub struct Options {
     pub host: String,
     /// TCP port.
     pub port: u16,
-    /// TLS; `Some(None)` trusts the system's authorities, `Some(Some(file))` those in a PEM file.
-    pub tls: Option<Option<PathBuf>>,
+    /// TLS; without it everyone on the way reads along.
+    pub tls: Option<Tls>,
     /// User and password.
     pub login: Option<(String, String)>,
     /// MQTT client id; the same one must not be used twice at a broker.
@@ -25,6 +25,15 @@ pub struct Options {
     pub subscribe: Vec<String>,
     /// Published, retained, by the broker when this client is gone.
     pub will: Option<(String, Vec<u8>)>,
+}
+
+/// Whom to trust, and what to show.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Tls {
+    /// PEM file with the authorities; the system's when there is none.
+    pub ca: Option<PathBuf>,
+    /// PEM of this client's certificate and of its key.
+    pub client: Option<(Vec<u8>, Vec<u8>)>,
 }
 
 /// What goes wrong with the link before it starts.

@@ -17,7 +17,7 @@ pub enum ErrorCode {
     TooLarge,
     /// The device takes no more at the moment; try later.
     QueueFull,
-    /// The deadline passed before the work began.
+    /// The deadline passed before the work began, or the work took longer than the device allows.
     Expired,
     /// A client cancelled it.
     Cancelled,

@@ -18,8 +18,9 @@ mod ids;
 use fields::{
     adapter, check_depth, cut, drop_foreign, flag, float, integer, messages, repeat_penalty, stop, take,
 };
+pub(crate) use ids::generated_id;
 pub use ids::hex;
-use ids::{correlation_id, fingerprint, generated_id};
+use ids::{correlation_id, fingerprint};
 
 /// Largest `max_tokens` and `deadline_ms` (49 days) that a request may name.
 const MOST: i64 = u32::MAX as i64;
@@ -43,6 +44,8 @@ pub struct Limits {
     pub schema_bytes: usize,
     /// Largest `max_tokens`, and its default; more is cut to this.
     pub max_tokens: u32,
+    /// Seconds that the engine may work on a request; 0 is no end.
+    pub seconds: u64,
     /// Requests that wait.
     pub queue: usize,
     /// Requests of one client that wait.
@@ -59,6 +62,7 @@ impl Default for Limits {
             stop_bytes: 64,
             schema_bytes: 16 * 1024,
             max_tokens: 512,
+            seconds: 1800,
             queue: 1024,
             client_queue: 256,
         }

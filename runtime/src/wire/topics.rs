@@ -42,6 +42,16 @@ impl Topics {
         format!("{}/cancel", self.base)
     }
 
+    /// Admin commands come in here, each verb on a level of its own.
+    pub fn commands(&self) -> String {
+        format!("{}/cmd/+", self.base)
+    }
+
+    /// The verb of a topic that is a command's.
+    pub fn command_of<'a>(&self, topic: &'a str) -> Option<&'a str> {
+        topic.strip_prefix(&self.base)?.strip_prefix("/cmd/")
+    }
+
     /// State of the device; retained, and the will.
     pub fn status(&self) -> String {
         format!("{}/status", self.base)

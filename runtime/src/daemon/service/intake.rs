@@ -28,6 +28,9 @@ impl Service {
                 message.topic
             );
             self.ack(message.ack);
+        } else if let Some(verb) = self.topics.command_of(&message.topic) {
+            let verb = verb.to_owned();
+            self.command(message, &verb);
         } else if message.topic == self.topics.cancel() {
             self.cancel(&message.payload);
             self.ack(message.ack);

@@ -6,20 +6,30 @@
 use std::time::{Duration, Instant};
 
 use super::{AHEAD, MOST_ATTEMPTS, Running, Service};
+use crate::clock::unix_ms;
 use crate::engine::{Finished, FromWorker, Job, ToWorker, sampler};
 use crate::journal::Key;
 use crate::journal::table::Stage;
 use crate::queue::{Next, Waiting};
 use crate::reply::{self, Stream};
+use crate::transcript;
 use crate::wire::{ErrorCode, Request};
 use crate::worker::Event as WorkerEvent;
 
 impl Service {
     /// Gives the worker what it can take.
     pub(super) fn dispatch(&mut self) {
-        if self.asleep && !self.queue.is_empty() && !self.draining {
+        if self.asleep
+            && !self.queue.is_empty()
+            && !self.draining
+            && !self.models.hold()
+            && self.erasing.is_none()
+        {
             self.asleep = false;
             self.worker.wake();
+        }
+        if self.models.hold() || self.erasing.is_some() {
+            return;
         }
         let most = self.config.model.slots as usize + AHEAD;
         while self.loaded && self.hashed && !self.draining && self.running.len() < most {
@@ -56,6 +66,7 @@ impl Service {
                 since: waiting.since,
                 began: Instant::now(),
                 cancelled: false,
+                late: false,
             };
             self.running.insert(job, running);
         }
@@ -94,15 +105,17 @@ impl Service {
         match event {
             WorkerEvent::Started(pid) => {
                 self.worker_pid = Some(pid);
+                self.model_starts();
                 self.announce();
             }
             WorkerEvent::Ended { status } => self.worker_ended(&status),
             WorkerEvent::Asleep => {
-                self.worker_pid = None;
-                self.announce();
+                self.worker_made_way();
+                self.go_on_erasing();
                 // Something may have come in the meantime.
                 self.dispatch();
             }
+            WorkerEvent::Changed => self.worker_made_way(),
             WorkerEvent::Frame(frame) => self.frame(frame),
         }
     }
@@ -121,6 +134,7 @@ impl Service {
                     info.load_ms
                 );
                 self.author.model = info;
+                self.model_loaded();
                 self.loaded = true;
                 self.unloadable = None;
                 self.asleep = false;
@@ -132,6 +146,9 @@ impl Service {
                 self.dispatch();
             }
             FromWorker::Unloadable { message } => {
+                if self.give_up_model(&message, true) {
+                    return;
+                }
                 if self.unloadable.as_ref() != Some(&message) {
                     tracing::error!("{message}");
                     self.unloadable = Some(message);
@@ -156,12 +173,34 @@ impl Service {
             }
             FromWorker::Failed { job, code, message } => {
                 if let Some(running) = self.running.remove(&job) {
-                    self.fail(&running.key, code, &message);
+                    match running.late {
+                        true => self.fail_late(&running.key),
+                        false => self.fail(&running.key, code, &message),
+                    }
                 }
                 self.dispatch();
             }
             FromWorker::Heartbeat => {}
         }
+    }
+
+    /// Ends what the engine has worked on for longer than it may.
+    pub(super) fn end_late_work(&mut self) {
+        let most = Duration::from_secs(self.config.limits.seconds);
+        if most.is_zero() {
+            return;
+        }
+        for (&job, running) in &mut self.running {
+            if !running.late && running.began.elapsed() > most {
+                running.late = true;
+                self.worker.send(ToWorker::Cancel { job });
+            }
+        }
+    }
+
+    fn fail_late(&mut self, key: &Key) {
+        let why = format!("the work took longer than {} s", self.config.limits.seconds);
+        self.fail(key, ErrorCode::Expired, &why);
     }
 
     /// Tells the worker whose the model is, once both are known.
@@ -200,9 +239,14 @@ impl Service {
         if self.unloadable.is_none() {
             self.counters.worker_ends += 1;
             tracing::warn!("the worker ended ({status}); starting another");
+            self.give_up_model(status, false);
         }
         let lost: Vec<Running> = self.running.drain().map(|(_, running)| running).collect();
         for running in lost {
+            if running.late {
+                self.fail_late(&running.key);
+                continue;
+            }
             if running.cancelled {
                 self.fail(&running.key, ErrorCode::Cancelled, "cancelled");
                 continue;
@@ -228,7 +272,12 @@ impl Service {
     }
 
     fn finish(&mut self, running: Running, finished: &Finished) {
+        if !matches!(self.table.stage(&running.key), Some(Stage::Accepted(_))) {
+            // It was erased meanwhile.
+            return;
+        }
         self.counters.answered += 1;
+        self.prove_model();
         let computed = finished.prompt_tokens - finished.cached_tokens + finished.completion_tokens;
         self.queue.charge(&running.client, computed);
         self.counters.cached_tokens += u64::from(finished.cached_tokens);
@@ -248,7 +297,25 @@ impl Service {
             ms = (finished.prompt_ms + finished.predicted_ms).round(),
             "answered"
         );
+        self.keep_content(&running, &answer.body);
         self.done(running.key, answer);
+    }
+
+    /// Keeps what was said, where the owner wants it.
+    fn keep_content(&self, running: &Running, answer: &str) {
+        if !self.transcript.is_on() {
+            return;
+        }
+        let line = transcript::Line {
+            at: unix_ms(),
+            id: running.request.id.clone(),
+            client: running.client.clone(),
+            messages: running.request.messages.clone(),
+            answer: answer.to_owned(),
+        };
+        if let Err(error) = self.transcript.write(&line) {
+            tracing::warn!("transcript: {error}");
+        }
     }
 
     pub(super) fn fail(&mut self, key: &Key, code: ErrorCode, message: &str) {

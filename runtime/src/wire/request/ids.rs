@@ -5,7 +5,7 @@ use sha2::{Digest, Sha256};
 use super::Envelope;
 use crate::wire::topics::valid_id;
 
-pub(super) fn generated_id() -> String {
+pub(crate) fn generated_id() -> String {
     uuid::Uuid::now_v7().to_string()
 }
 
