@@ -34,6 +34,7 @@ mod commands;
 mod erase;
 mod intake;
 pub mod models;
+mod presence;
 mod work;
 
 use models::Models;
@@ -453,26 +454,7 @@ impl Service {
             // Known exactly after the next commit.
             self.journal_bytes = 0;
         }
-        let interval = Duration::from_secs(self.config.metrics.interval_s);
-        if self.connected && !interval.is_zero() && self.last_metrics.elapsed() >= interval {
-            self.last_metrics = Instant::now();
-            let payload = health::metrics(
-                &self.counters,
-                self.started,
-                self.queue.len(),
-                self.running.len(),
-                self.journal_bytes,
-                self.worker_pid,
-                self.thermal.step(),
-            );
-            let topic = self.topics.metrics();
-            self.link.publish(Outgoing {
-                topic,
-                payload,
-                content_type: Some("application/json"),
-                ..Outgoing::default()
-            });
-        }
+        self.publish_metrics();
     }
 
     fn evict(&mut self) {
@@ -489,17 +471,6 @@ impl Service {
         let patience = Duration::from_secs(self.config.model.hang_s.saturating_mul(2).saturating_add(60));
         let heard = self.running.is_empty() || self.heard.elapsed() < patience;
         self.link.is_alive() && self.worker.is_alive() && heard
-    }
-
-    /// A line for people.
-    pub fn state_line(&self) -> &'static str {
-        match (self.state, self.connected) {
-            (State::Ready, true) => "ready",
-            (State::Ready, false) => "ready, but no connection to the broker",
-            (State::Degraded, _) => "no model can be loaded",
-            _ if self.asleep => "the model is unloaded until somebody asks",
-            _ => "loading the model",
-        }
     }
 
     /// Takes no more requests and begins no more work.
@@ -548,49 +519,6 @@ impl Service {
         }
         worker.stop().await;
         drop(writer);
-    }
-
-    fn announce(&mut self) {
-        self.state = if self.loaded && self.hashed {
-            State::Ready
-        } else if self.unloadable.is_some() {
-            State::Degraded
-        } else if self.worker_pid.is_some() {
-            State::Loading
-        } else {
-            State::Online
-        };
-        if !self.connected || self.announced == Some(self.state) {
-            return;
-        }
-        let idle = self.asleep.then_some("the model is unloaded until somebody asks");
-        let reason = self.unloadable.as_deref().or(idle);
-        let payload = health::status(&self.config.device, self.state, reason);
-        if self.retain(self.topics.status(), payload) {
-            self.announced = Some(self.state);
-        }
-    }
-
-    fn publish_card(&mut self) {
-        if self.connected {
-            self.retain(self.topics.card(), health::card(&self.config, &self.author));
-        }
-    }
-
-    fn retain(&mut self, topic: String, payload: Vec<u8>) -> bool {
-        let token = self.number();
-        let given = self.link.publish(Outgoing {
-            topic,
-            payload,
-            retain: true,
-            token: Some(token),
-            content_type: Some("application/json"),
-            ..Outgoing::default()
-        });
-        if given {
-            self.on_delivery.insert(token, OnDelivery::Nothing);
-        }
-        given
     }
 
     /// Acknowledges a message now or, when the link has no room, at the next tick: the ones after it wait for it.

@@ -1,0 +1,92 @@
+//! What others see of the device: its state, its card, its figures.
+//!
+//! In: the state that the service is in. Out: retained messages on `status` and `card`, and `metrics`.
+
+use std::time::{Duration, Instant};
+
+use super::{OnDelivery, Service};
+use crate::health::{self, State};
+use crate::mqtt::Outgoing;
+
+impl Service {
+    /// A line for people.
+    pub fn state_line(&self) -> &'static str {
+        match (self.state, self.connected) {
+            (State::Ready, true) => "ready",
+            (State::Ready, false) => "ready, but no connection to the broker",
+            (State::Degraded, _) => "no model can be loaded",
+            _ if self.asleep => "the model is unloaded until somebody asks",
+            _ => "loading the model",
+        }
+    }
+
+    /// Says what the device is doing, where that is new.
+    pub(super) fn announce(&mut self) {
+        self.state = if self.loaded && self.hashed {
+            State::Ready
+        } else if self.unloadable.is_some() {
+            State::Degraded
+        } else if self.worker_pid.is_some() {
+            State::Loading
+        } else {
+            State::Online
+        };
+        if !self.connected || self.announced == Some(self.state) {
+            return;
+        }
+        let idle = self.asleep.then_some("the model is unloaded until somebody asks");
+        let reason = self.unloadable.as_deref().or(idle);
+        let payload = health::status(&self.config.device, self.state, reason);
+        if self.retain(self.topics.status(), payload) {
+            self.announced = Some(self.state);
+        }
+    }
+
+    /// Says what the device can.
+    pub(super) fn publish_card(&mut self) {
+        if self.connected {
+            self.retain(self.topics.card(), health::card(&self.config, &self.author));
+        }
+    }
+
+    /// A retained message; false where the link has no room.
+    pub(super) fn retain(&mut self, topic: String, payload: Vec<u8>) -> bool {
+        let token = self.number();
+        let given = self.link.publish(Outgoing {
+            topic,
+            payload,
+            retain: true,
+            token: Some(token),
+            content_type: Some("application/json"),
+            ..Outgoing::default()
+        });
+        if given {
+            self.on_delivery.insert(token, OnDelivery::Nothing);
+        }
+        given
+    }
+
+    /// The figures, as often as the configuration says.
+    pub(super) fn publish_metrics(&mut self) {
+        let interval = Duration::from_secs(self.config.metrics.interval_s);
+        if self.connected && !interval.is_zero() && self.last_metrics.elapsed() >= interval {
+            self.last_metrics = Instant::now();
+            let payload = health::metrics(
+                &self.counters,
+                self.started,
+                self.queue.len(),
+                self.running.len(),
+                self.journal_bytes,
+                self.worker_pid,
+                self.thermal.step(),
+            );
+            let topic = self.topics.metrics();
+            self.link.publish(Outgoing {
+                topic,
+                payload,
+                content_type: Some("application/json"),
+                ..Outgoing::default()
+            });
+        }
+    }
+}
