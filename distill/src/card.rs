@@ -11,6 +11,7 @@ use std::path::Path;
 use pipit_convert::card::{code, escape, yaml};
 use pipit_convert::checkpoint::read_json_object;
 use pipit_convert::front_matter::FrontMatter;
+use pipit_convert::gguf::Gguf;
 
 use crate::data::DataReport;
 use crate::plan::{DataFile, Plan};
@@ -29,8 +30,30 @@ pub struct Base {
 }
 
 impl Base {
-    /// Reads what a checkpoint's `config.json` and `README.md` say.
-    pub fn read(dir: &Path) -> io::Result<Self> {
+    /// Reads what a checkpoint's `config.json` and `README.md` say, or the keys of a GGUF file.
+    pub fn read(path: &Path) -> io::Result<Self> {
+        match path.is_file() {
+            true => Self::of_file(path),
+            false => Self::of_folder(path),
+        }
+    }
+
+    fn of_file(path: &Path) -> io::Result<Self> {
+        let file = Gguf::open(path).map_err(io::Error::other)?;
+        let said = |key: &str| file.get(key).and_then(|value| value.as_str()).map(str::to_owned);
+        let repository = said("general.source.huggingface.repository");
+        Ok(Self {
+            hub_id: repository.filter(|id| is_hub_id(id)),
+            name: path
+                .file_name()
+                .unwrap_or_default()
+                .to_string_lossy()
+                .into_owned(),
+            license: ["general.license", "general.license.name", "general.license.link"].map(said),
+        })
+    }
+
+    fn of_folder(dir: &Path) -> io::Result<Self> {
         let config = read_json_object(&dir.join("config.json")).map_err(io::Error::other)?;
         let card = FrontMatter::of_folder(dir)?;
         let said = [

@@ -8,6 +8,7 @@ mod support;
 
 use std::num::NonZeroU32;
 use std::path::Path;
+use std::process::Command;
 
 use llama_cpp_2::context::params::{KvCacheType, LlamaContextParams};
 use llama_cpp_2::llama_batch::LlamaBatch;
@@ -147,6 +148,41 @@ impl Difference {
         self.other_first += usize::from(first(ours) != first(theirs));
         self.tokens += 1;
     }
+}
+
+/// The program itself: a run over the blocks of a GGUF file, with all that a run leaves behind.
+#[test]
+fn a_run_over_a_gguf_file_is_whole() {
+    let folder = tempfile::tempdir().unwrap();
+    let rows: String = SENTENCES
+        .iter()
+        .map(|text| format!("{}\n", serde_json::json!({ "text": text })))
+        .collect();
+    std::fs::write(folder.path().join("rows.jsonl"), rows).unwrap();
+    let run = Command::new(env!("CARGO_BIN_EXE_pipit-distill"))
+        .args([
+            "sft",
+            "--method",
+            "qlora",
+            "--data",
+            "rows.jsonl",
+            "--max-steps",
+            "1",
+        ])
+        .args(["--per-device-train-batch-size", "1", "-o", "run", "--model"])
+        .arg(cached("PIPIT_TEST_MODEL", "SmolLM2-135M-Instruct.Q4_1.gguf"))
+        .current_dir(folder.path())
+        .output()
+        .unwrap();
+    assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
+    let said = |name: &str| std::fs::read_to_string(folder.path().join("run").join(name)).unwrap();
+    assert!(
+        said("README.md").contains("license: apache-2.0"),
+        "{}",
+        said("README.md")
+    );
+    assert!(said("summary.json").contains("\"steps\": 1") || said("summary.json").contains("\"steps\":1"));
+    assert!(folder.path().join("run/adapter_model.safetensors").is_file());
 }
 
 #[test]
