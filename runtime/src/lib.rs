@@ -24,6 +24,7 @@ pub mod plan;
 pub mod queue;
 pub mod reply;
 pub mod store;
+pub mod task;
 pub mod transcript;
 pub mod wire;
 pub mod worker;
