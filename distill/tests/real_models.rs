@@ -177,7 +177,7 @@ fn a_run_over_a_gguf_file_is_whole() {
     assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
     let said = |name: &str| std::fs::read_to_string(folder.path().join("run").join(name)).unwrap();
     assert!(
-        said("README.md").contains("license: apache-2.0"),
+        said("README.md").contains("license: \"apache-2.0\""),
         "{}",
         said("README.md")
     );

@@ -62,6 +62,8 @@ pub struct Config {
     pub admin: AdminSection,
     /// LoRA adapters (GGUF files) by the name that a request calls them.
     pub adapters: BTreeMap<String, PathBuf>,
+    /// Files of tasks by the name that is their topic.
+    pub tasks: BTreeMap<String, PathBuf>,
     /// Beginnings of prompts.
     pub prefix: PrefixSection,
     /// Defaults of requests.
@@ -90,6 +92,7 @@ impl Default for Config {
             install: InstallSection::default(),
             admin: AdminSection::default(),
             adapters: BTreeMap::new(),
+            tasks: BTreeMap::new(),
             prefix: PrefixSection::default(),
             sampling: SamplingSection::default(),
             reply: ReplySection::default(),

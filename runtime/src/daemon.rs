@@ -16,6 +16,7 @@ use crate::mqtt::{self, Link, LinkError, Tls};
 use crate::plan::PlanError;
 use crate::store::place::{GivenUp, MOST_STARTS};
 use crate::store::{Served, Store, StoreError};
+use crate::task;
 use crate::wire::Topics;
 use crate::worker::{self, Worker};
 
@@ -88,6 +89,8 @@ pub async fn serve(
     let served = choose(&config, &state, &store)?;
     let (header, plan) = served.plan(&config)?;
     let model = served.path.clone();
+    let adapters: Vec<String> = served.adapters.keys().cloned().collect();
+    let tasks = task::load(&config, &adapters)?;
     let (journal, replayed) = Journal::open(&state.join("journal"))?;
     if replayed.dropped_bytes > 0 {
         tracing::warn!(
@@ -136,7 +139,6 @@ pub async fn serve(
 
     let grace = Duration::from_secs(config.grace_s);
     let mut systemd = Systemd::new();
-    let adapters = served.adapters.keys().cloned().collect();
     let (installer, mut reports) = Installer::new(program, state.clone());
     let models = Models::new(store, installer, state, worker_options, served);
     let mut service = Service::new(
@@ -146,7 +148,7 @@ pub async fn serve(
         link.clone(),
         writer,
         worker,
-        (models, adapters),
+        (models, adapters, tasks),
     );
     service.replay();
     systemd.ready();
@@ -249,6 +251,9 @@ fn link_options(config: &Config) -> Result<mqtt::Options, DaemonError> {
     options.session_expiry_s = config.broker.session_expiry_s;
     options.most_packet_bytes = u32::try_from(most_packet_bytes(config)).unwrap_or(u32::MAX);
     options.subscribe = vec![topics.request(), topics.cancel()];
+    if !config.tasks.is_empty() {
+        options.subscribe.push(topics.tasks());
+    }
     if config.admin.over_mqtt {
         options.subscribe.push(topics.commands());
     }

@@ -25,6 +25,7 @@ pub mod plan;
 pub mod queue;
 pub mod reply;
 pub mod store;
+pub mod task;
 pub mod thermal;
 pub mod transcript;
 pub mod wire;

@@ -30,14 +30,16 @@ pub struct Author {
 /// The final answer to a request that went well.
 pub fn completion(author: &Author, request: &Request, finished: &Finished, queue_ms: f64) -> StoredAnswer {
     if request.reply.plain {
+        // A task with a schema: the text is JSON, and a line behind it would spoil that.
+        let is_json = request.schema.is_some();
         let mut body = finished.text.trim().to_owned();
-        if !author.disclosure.is_empty() {
+        if !author.disclosure.is_empty() && !is_json {
             body = format!("{body}\n{}", author.disclosure);
         }
         return StoredAnswer {
             reply: request.reply.clone(),
             body,
-            json: false,
+            json: is_json,
             error: None,
             fingerprint: None,
         };
@@ -256,6 +258,12 @@ mod tests {
         };
         let disclosed = completion(&author, &request(true, false), &finished(), 0.0);
         assert_eq!(disclosed.body, "Hé.\n(written by a machine)");
+        let task = Request {
+            schema: Some(serde_json::json!({})),
+            ..request(true, false)
+        };
+        let bare = completion(&author, &task, &finished(), 0.0);
+        assert_eq!((bare.body.as_str(), bare.json), ("Hé.", true));
         let sent = message(&Author::default(), &answer, Some(vec![9]), 7);
         assert_eq!(
             (sent.content_type, sent.token, sent.retain),

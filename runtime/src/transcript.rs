@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use crate::wire::Message;
 
 const HOUR_MS: u64 = 3_600_000;
+const MINUTE_MS: u64 = 60_000;
 
 /// One request with its answer.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -35,6 +36,8 @@ pub struct Line {
 pub struct Transcript {
     folder: PathBuf,
     hours: u64,
+    /// Minute of the last look for files that are too old.
+    looked: u64,
 }
 
 impl Transcript {
@@ -43,6 +46,7 @@ impl Transcript {
         Self {
             folder: state.join("content"),
             hours,
+            looked: 0,
         }
     }
 
@@ -67,8 +71,11 @@ impl Transcript {
             .write_all(&text)
     }
 
-    /// Removes what is older than its lifetime.
-    pub fn expire(&self, now_ms: u64) {
+    /// Removes what is older than its lifetime, once a minute.
+    pub fn expire(&mut self, now_ms: u64) {
+        if std::mem::replace(&mut self.looked, now_ms / MINUTE_MS) == now_ms / MINUTE_MS {
+            return;
+        }
         let oldest = (now_ms / HOUR_MS).saturating_sub(self.hours);
         for (hour, path) in self.files() {
             if hour < oldest || self.hours == 0 {
@@ -133,7 +140,7 @@ mod tests {
     #[test]
     fn lines_live_as_long_as_they_may() {
         let folder = tempfile::tempdir().unwrap();
-        let transcript = Transcript::of(folder.path(), 2);
+        let mut transcript = Transcript::of(folder.path(), 2);
         for hour in [100, 101, 102, 103] {
             transcript.write(&line(hour, "a", "c")).unwrap();
         }

@@ -168,7 +168,7 @@ fn done(args: &Args) -> anyhow::Result<()> {
             install::activate(model, world, progress)
         }),
         Verb::Rollback { common } => change(&common.config(false)?, common.json, |world, _| {
-            install::roll_back(&Store::of(world.state))
+            install::roll_back(&Store::of(world.state), None)
         }),
         Verb::List { common } => list(common),
         Verb::Verify { source, common } => verify(source.as_deref(), common),

@@ -219,7 +219,12 @@ impl Config {
         let adapters = self
             .adapters
             .iter()
-            .map(|(name, path)| (format!("adapters.{name}"), path.clone()));
+            .map(|(name, path)| (format!("adapters.{name}"), path.clone()))
+            .chain(
+                self.tasks
+                    .iter()
+                    .map(|(name, path)| (format!("tasks.{name}"), path.clone())),
+            );
         named
             .chain(adapters)
             .filter_map(|(key, path)| {

@@ -6,8 +6,8 @@ use serde_json::Value as Json;
 
 use super::Config;
 
-/// The section whose keys are names that the user chooses.
-pub(super) const ADAPTERS: &str = "adapters";
+/// The sections whose keys are names that the user chooses, and whose values are paths.
+pub(super) const NAMED: [&str; 2] = ["adapters", "tasks"];
 
 /// The name of one value.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -53,7 +53,7 @@ impl Key {
     /// Whether its value is the path of a file or a folder.
     pub(super) fn is_path(&self) -> bool {
         let section = self.section.as_deref();
-        section == Some(ADAPTERS)
+        section.is_some_and(|section| NAMED.contains(&section))
             || matches!(
                 (section, self.name.as_str()),
                 (None, "state_dir")
@@ -120,7 +120,11 @@ impl Keys {
     }
 
     pub(super) fn has(&self, key: &Key) -> bool {
-        key.section.as_deref() == Some(ADAPTERS) || self.keys.iter().any(|(known, _)| known == key)
+        let named = key
+            .section
+            .as_deref()
+            .is_some_and(|section| NAMED.contains(&section));
+        named || self.keys.iter().any(|(known, _)| known == key)
     }
 
     /// What a value of this key looks like, for a hint.

@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use serde_json::{Map, Value as Json, json};
 
 use super::Layers;
-use super::keys::{ADAPTERS, Key, Keys};
+use super::keys::{Key, Keys, NAMED};
 
 /// Column at which the origins stand.
 const COLUMN: usize = 44;
@@ -14,7 +14,7 @@ impl Layers {
     /// Every key of a section (`None`: above all sections) with its value, in the order of the structs. A key that
     /// nobody set and that has no default has no value.
     fn section(&self, keys: &Keys, section: Option<&str>) -> Vec<(Key, Option<toml::Value>)> {
-        if section == Some(ADAPTERS) {
+        if section.is_some_and(|section| NAMED.contains(&section)) {
             return self
                 .settings
                 .values()

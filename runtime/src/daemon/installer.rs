@@ -23,6 +23,9 @@ use crate::wire::command::ModelAction;
 pub struct Order {
     /// What to do.
     pub action: ModelAction,
+    /// The model that was active then: a rollback that a power cut has cut off from its answer is not done twice.
+    #[serde(default)]
+    pub from: Option<String>,
     /// The command's id.
     pub id: String,
     /// Where the answer goes.
@@ -38,6 +41,9 @@ pub struct Task {
     pub state: PathBuf,
     /// What to do.
     pub action: ModelAction,
+    /// [`Order::from`]
+    #[serde(default)]
+    pub from: Option<String>,
 }
 
 /// How an order ended.
@@ -89,6 +95,7 @@ impl Installer {
             config: config.clone(),
             state: self.state.clone(),
             action: order.action.clone(),
+            from: order.from.clone(),
         };
         let (program, reports) = (self.program.clone(), self.reports.clone());
         tokio::spawn(async move {
@@ -138,7 +145,7 @@ pub fn perform(task: &Task, program: PathBuf) -> Outcome {
             Source::url(url).and_then(|source| install::install(&source, &world, &mut |_| {}).map(done))
         }
         ModelAction::Activate { model } => install::activate(model, &world, &mut |_| {}).map(done),
-        ModelAction::Rollback {} => install::roll_back(&store).map(done),
+        ModelAction::Rollback {} => install::roll_back(&store, task.from.as_deref()).map(done),
         ModelAction::List {} => Ok(store.listing()),
     };
     match result {

@@ -8,7 +8,7 @@
 //!         → publish (QoS 1) → PUBACK of the broker → delivered (record)
 //! ```
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -24,6 +24,7 @@ use crate::journal::{Key, Record, StoredAnswer};
 use crate::mqtt::{Ack, Event as LinkEvent, Link, Outgoing};
 use crate::queue::{Queue, Waiting};
 use crate::reply::{self, Author, Stream};
+use crate::task::Task;
 use crate::thermal::Thermal;
 use crate::transcript::Transcript;
 use crate::wire::{ErrorCode, Request, Topics};
@@ -51,8 +52,6 @@ const REFUSALS: usize = 128;
 const MOST_ATTEMPTS: u32 = 3;
 /// The journal is written anew when it is this large and less than half of it counts.
 const COMPACT_BYTES: u64 = 1024 * 1024;
-/// Between two looks for transcripts that are too old.
-const EXPIRY: Duration = Duration::from_secs(60);
 
 /// One that the worker has.
 struct Running {
@@ -155,7 +154,7 @@ pub struct Service {
     models: Models,
     state_folder: PathBuf,
     transcript: Transcript,
-    last_expiry: Instant,
+    tasks: BTreeMap<String, Task>,
     erasing: Option<erase::Erasing>,
 }
 
@@ -177,15 +176,15 @@ impl Service {
         link: Link,
         writer: Writer,
         worker: Worker,
-        (models, adapters): (Models, Vec<String>),
+        (models, adapters, tasks): (Models, Vec<String>, BTreeMap<String, Task>),
     ) -> Self {
         Self {
             adapters,
             transcript: Transcript::of(models.state(), config.content.hours),
             state_folder: models.state().to_owned(),
-            last_expiry: Instant::now(),
             erasing: None,
             models,
+            tasks,
             topics: Topics::new(&config.root, &config.device),
             bounds: Bounds {
                 bytes: config.journal.bytes,
@@ -238,7 +237,6 @@ impl Service {
     /// Takes up what the journal says is still owed.
     pub fn replay(&mut self) {
         self.resume_order();
-        self.transcript.expire(unix_ms());
         let now_ms = unix_ms();
         let now = Instant::now();
         for (key, entry) in self.table.entries() {
@@ -438,10 +436,7 @@ impl Service {
         self.dispatch();
         self.end_late_work();
         self.go_on_erasing();
-        if self.last_expiry.elapsed() > EXPIRY {
-            self.last_expiry = Instant::now();
-            self.transcript.expire(unix_ms());
-        }
+        self.transcript.expire(unix_ms());
         self.look_after_models();
         self.sleep_when_idle();
         if self.thermal.look(Path::new("/"), Instant::now()) {

@@ -140,19 +140,24 @@ pub fn activate(
     activate_locked(&store, id, world, progress)
 }
 
-/// Goes back to the model before, which has served before and is not tried again.
+/// Goes back to the model before, which has served before and is not tried again. Where another model than `from` is
+/// active, that was done already.
 ///
 /// # Errors
 /// [`StoreError::NoPrevious`]
-pub fn roll_back(store: &Store) -> Result<Installed, StoreError> {
+pub fn roll_back(store: &Store, from: Option<&str>) -> Result<Installed, StoreError> {
     if !store.exists() {
         return Err(StoreError::NoPrevious);
     }
-    let place = store.change(|place| place.rolled_back())?;
+    let mut unchanged = false;
+    let place = store.change(|place| {
+        unchanged = from.is_some_and(|from| from != place.active);
+        if unchanged { Ok(place) } else { place.rolled_back() }
+    })?;
     Ok(Installed {
         model: place.active,
         previous: place.previous,
-        unchanged: false,
+        unchanged,
     })
 }
 

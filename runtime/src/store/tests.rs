@@ -189,6 +189,22 @@ fn what_nobody_needs_goes_and_what_is_shared_stays() {
 }
 
 #[test]
+fn a_rollback_that_comes_again_after_a_power_cut_is_done_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let (store, ids) = store_of(folder.path(), &[b"a", b"b"]);
+    assert!(install::roll_back(&store, None).is_err());
+    for id in &ids {
+        store.change(|place| Ok(place.activated(id))).unwrap();
+    }
+    for again in [false, true] {
+        let done = install::roll_back(&store, Some(&ids[1])).unwrap();
+        assert_eq!((&done.model, done.unchanged), (&ids[0], again));
+    }
+    // Ordered anew, it goes forth again.
+    assert_eq!(install::roll_back(&store, Some(&ids[0])).unwrap().model, ids[1]);
+}
+
+#[test]
 fn a_place_file_of_garbage_falls_back_to_what_is_whole() {
     let folder = tempfile::tempdir().unwrap();
     let (store, ids) = store_of(folder.path(), &[b"whole", b"cut short"]);

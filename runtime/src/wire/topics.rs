@@ -52,6 +52,16 @@ impl Topics {
         topic.strip_prefix(&self.base)?.strip_prefix("/cmd/")
     }
 
+    /// Payloads for tasks come in here, each task on a level of its own.
+    pub fn tasks(&self) -> String {
+        format!("{}/task/+", self.base)
+    }
+
+    /// The name of a topic that is a task's.
+    pub fn task_of<'a>(&self, topic: &'a str) -> Option<&'a str> {
+        topic.strip_prefix(&self.base)?.strip_prefix("/task/")
+    }
+
     /// State of the device; retained, and the will.
     pub fn status(&self) -> String {
         format!("{}/status", self.base)

@@ -25,6 +25,7 @@ impl Service {
                         message,
                         Order {
                             action,
+                            from: self.models.store.place().map(|place| place.active),
                             id: envelope.id,
                             reply,
                         },

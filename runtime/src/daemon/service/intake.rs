@@ -14,7 +14,7 @@ use crate::journal::{Key, Record};
 use crate::mqtt::{Ack, Incoming};
 use crate::reply;
 use crate::thermal::Step;
-use crate::wire::{Cancel, Envelope, ErrorCode, Request, Rules, request};
+use crate::wire::{Cancel, Envelope, ErrorCode, Rejection, Reply, Request, Rules, request};
 
 impl Service {
     pub(super) fn message(&mut self, message: &Incoming) {
@@ -31,6 +31,9 @@ impl Service {
         } else if let Some(verb) = self.topics.command_of(&message.topic) {
             let verb = verb.to_owned();
             self.command(message, &verb);
+        } else if let Some(name) = self.topics.task_of(&message.topic) {
+            let name = name.to_owned();
+            self.task(message, &name);
         } else if message.topic == self.topics.cancel() {
             self.cancel(&message.payload);
             self.ack(message.ack);
@@ -54,6 +57,53 @@ impl Service {
             adapters: &self.adapters,
         };
         let parsed = request::parse(&envelope, &rules);
+        self.parsed(parsed, message);
+    }
+
+    /// A payload for a task becomes a request, whose answer is the bare text.
+    fn task(&mut self, message: &Incoming, name: &str) {
+        let task = self.tasks.get(name).ok_or_else(|| {
+            let known: Vec<&str> = self.tasks.keys().map(String::as_str).collect();
+            format!("there is no task `{name}`; there are: {}", known.join(", "))
+        });
+        let text = std::str::from_utf8(&message.payload);
+        let text = text.map_err(|error| format!("the payload is not UTF-8: {error}"));
+        let mut prefixes = self.config.reply.prefixes.clone();
+        let (body, reply_to) = match task.and_then(|task| Ok((task.request(text?), task.reply_to.clone()))) {
+            Ok(made) => made,
+            Err(why) => {
+                let id = request::generated_id();
+                let reply = Reply {
+                    topic: self.topics.answer(&id),
+                    correlation: message.correlation.clone(),
+                    plain: false,
+                };
+                let answer = reply::error(&reply, &id, ErrorCode::InvalidRequest, why);
+                return self.refuse(message.ack, answer);
+            }
+        };
+        prefixes.extend(reply_to.clone());
+        let envelope = Envelope {
+            payload: &body,
+            response_topic: message.response_topic.as_deref().or(reply_to.as_deref()),
+            correlation: message.correlation.as_deref(),
+            content_type: Some("application/json"),
+            expiry_s: message.expiry_s,
+        };
+        let rules = Rules {
+            topics: &self.topics,
+            prefixes: &prefixes,
+            limits: &self.config.limits,
+            adapters: &self.adapters,
+        };
+        let parsed = request::parse(&envelope, &rules).map(|mut request| {
+            request.reply.plain = true;
+            request
+        });
+        self.parsed(parsed, message);
+    }
+
+    fn parsed(&mut self, parsed: Result<Request, Box<Rejection>>, message: &Incoming) {
         let mut request = match parsed {
             Ok(request) => Box::new(request),
             Err(rejection) => {
