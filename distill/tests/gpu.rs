@@ -7,6 +7,7 @@ mod support;
 
 use candle_core::Tensor;
 use pipit_distill::adapter::{InitLoraWeights, LoraOptions, PrefixOptions, lora, prefix};
+use pipit_distill::batch::Batch;
 use pipit_distill::device::{Place, Precision};
 use pipit_distill::loss::{Loss, Objective};
 use pipit_distill::model::{Keep, Mode, Model};
@@ -111,18 +112,26 @@ fn adapted(name: &str, keep: Keep, with_prefix: bool, place: &Place) -> Model {
 
 /// The loss and all gradients of a step, with dropout.
 fn step(model: &Model, name: &str) -> (f64, Vec<f32>) {
-    let (batch, mut learner) = (batch(&rows(&expected(name))), learner(model));
+    let batch = batch(&rows(&expected(name)));
     let mode = Mode {
         gradient: true,
         dropout_seed: Some(7),
         ..Mode::INFERENCE
     };
-    let loss = learner
-        .accumulate(&batch, mode, |hidden| {
-            model.loss_of_hidden(hidden, &batch, mode, 64)
-        })
-        .unwrap();
-    // Those of a scaled loss are scaled too.
+    loss_and_gradients(model, &batch, mode, |hidden| {
+        model.loss_of_hidden(hidden, &batch, mode, 64)
+    })
+}
+
+/// A loss, and all its gradients as one vector of length 1: those of a scaled loss are scaled too.
+fn loss_and_gradients(
+    model: &Model,
+    batch: &Batch,
+    mode: Mode,
+    loss_of: impl FnOnce(&Tensor) -> candle_core::Result<Tensor>,
+) -> (f64, Vec<f32>) {
+    let mut learner = learner(model);
+    let loss = learner.accumulate(batch, mode, loss_of).unwrap();
     let gradients = learner.gradients(1).unwrap();
     let unit = |gradient: &Tensor| floats(&(gradient / gradients.norm).unwrap());
     (loss, gradients.tensors().iter().flat_map(unit).collect())
@@ -187,16 +196,11 @@ fn distilled(name: &str, loss: Loss, place: &Place) -> (f64, Vec<f32>) {
         ce_weight: 0.1,
         chunk: 5,
     };
-    let (batch, mut learner) = (batch(&sequences), learner(&student));
-    let loss = learner
-        .accumulate(&batch, TRAIN, |hidden| {
-            let (loss, _) = student.distillation_loss(hidden, &batch, taught, &objective, TRAIN)?;
-            Ok(loss)
-        })
-        .unwrap();
-    let gradients = learner.gradients(1).unwrap();
-    let unit = |gradient: &Tensor| floats(&(gradient / gradients.norm).unwrap());
-    (loss, gradients.tensors().iter().flat_map(unit).collect())
+    let batch = batch(&sequences);
+    loss_and_gradients(&student, &batch, TRAIN, |hidden| {
+        let (loss, _) = student.distillation_loss(hidden, &batch, taught, &objective, TRAIN)?;
+        Ok(loss)
+    })
 }
 
 #[test]

@@ -67,7 +67,18 @@ fn kitchen(broker: &Broker, model: &Tiny) -> Result<Device> {
     Ok(device)
 }
 
-/// mosquitto_rr as a user, who is also its password.
+/// What a mosquitto client is called with: MQTT 5, QoS 1, a user, who is also its password, or nobody, and `more`.
+fn client(broker: &Broker, user: &str, more: &[&str]) -> Vec<String> {
+    let port = broker.port().to_string();
+    let mut words = vec!["-V", "5", "-q", "1", "-h", "127.0.0.1", "-p", &port];
+    if !user.is_empty() {
+        words.extend(["-u", user, "-P", user]);
+    }
+    words.extend(more);
+    words.into_iter().map(str::to_owned).collect()
+}
+
+/// mosquitto_rr as a user.
 fn ask(
     broker: &Broker,
     user: &str,
@@ -76,49 +87,16 @@ fn ask(
     payload: &str,
     seconds: &str,
 ) -> Result<Finished> {
-    let port = broker.port().to_string();
-    let mut words = vec![
-        "-V",
-        "5",
-        "-q",
-        "1",
-        "-h",
-        "127.0.0.1",
-        "-p",
-        &port,
-        "-W",
-        seconds,
-    ];
-    if !user.is_empty() {
-        words.extend(["-u", user, "-P", user]);
-    }
-    words.extend(["-t", topic, "-e", reply, "-m", payload]);
-    process::run("mosquitto_rr", words, SHORT + PATIENCE)
+    let more = ["-W", seconds, "-t", topic, "-e", reply, "-m", payload];
+    process::run("mosquitto_rr", client(broker, user, &more), SHORT + PATIENCE)
 }
 
 /// Whether a user hears anything on a topic within the time that it takes to ask once.
 fn hears(broker: &Broker, user: &str, topic: &str, meanwhile: impl FnOnce() -> Result<()>) -> Result<bool> {
-    let port = broker.port().to_string();
-    let words = [
-        "-d",
-        "-V",
-        "5",
-        "-q",
-        "1",
-        "-h",
-        "127.0.0.1",
-        "-p",
-        &port,
-        "-u",
-        user,
-        "-P",
-        user,
-    ];
     let mut command = std::process::Command::new("stdbuf");
     command
-        .args(["-oL", "mosquitto_sub"])
-        .args(words)
-        .args(["-t", topic, "-F", "heard %p"]);
+        .args(["-oL", "mosquitto_sub", "-d"])
+        .args(client(broker, user, &["-t", topic, "-F", "heard %p"]));
     let listener = Running::start(&mut command)?;
     listener.wait_for_line(SHORT, |line| {
         line.starts_with("Subscribed") || line.contains("SUBACK")
@@ -185,37 +163,10 @@ fn who_has_no_right_gets_nothing() -> Result<()> {
     }
 
     // Nobody speaks in the device's name.
-    let port = broker.port().to_string();
     let status = device.topic("status");
-    let words = [
-        "-V",
-        "5",
-        "-q",
-        "1",
-        "-h",
-        "127.0.0.1",
-        "-p",
-        &port,
-        "-u",
-        "app",
-        "-P",
-        "app",
-    ];
-    let forged = words.into_iter().chain(["-t", &status, "-r", "-m", "forged"]);
+    let forged = client(&broker, "app", &["-t", &status, "-r", "-m", "forged"]);
     process::run("mosquitto_pub", forged, SHORT)?;
-    let words = [
-        "-V",
-        "5",
-        "-h",
-        "127.0.0.1",
-        "-p",
-        &port,
-        "-u",
-        "app",
-        "-P",
-        "app",
-    ];
-    let last = words.into_iter().chain(["-C", "1", "-W", "10", "-t", &status]);
+    let last = client(&broker, "app", &["-C", "1", "-W", "10", "-t", &status]);
     let said = process::run("mosquitto_sub", last, SHORT)?.success()?;
     ensure!(said.contains("\"state\""), "{said}");
     Ok(())

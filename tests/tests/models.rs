@@ -2,6 +2,7 @@
 //! middle, the device serves a model that was verified.
 
 use std::path::Path;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -33,12 +34,26 @@ fn device(name: &str, maker: &Maker, more: &str) -> Result<Device> {
     Ok(device)
 }
 
-/// `pipit model VERB …` for this device; `fault` is where it is to kill itself.
-fn model(device: &Device, arguments: &[&str], fault: Option<&str>) -> Result<Finished> {
-    let mut command = std::process::Command::new(program::path("pipit")?);
+/// Two models of one maker that answer otherwise.
+fn two_versions(maker: &Maker, golden: &[&str]) -> Result<(Package, Package)> {
+    Ok((
+        maker.pack(&Tiny::make()?.path(), "1", golden)?,
+        maker.pack(&Tiny::of_type("BF16")?.path(), "2", golden)?,
+    ))
+}
+
+/// `pipit model VERB …` for this device, not yet started.
+fn model_command(device: &Device, arguments: &[&str]) -> Result<Command> {
+    let mut command = Command::new(program::path("pipit")?);
     command.arg("model").args(arguments);
     command.arg("--config").arg(device.config());
     command.arg("--state-dir").arg(device.state());
+    Ok(command)
+}
+
+/// Runs it to its end; `fault` is where it is to kill itself.
+fn model(device: &Device, arguments: &[&str], fault: Option<&str>) -> Result<Finished> {
+    let mut command = model_command(device, arguments)?;
     if let Some(fault) = fault {
         command.env("PIPIT_FAULT", fault);
     }
@@ -118,14 +133,7 @@ fn requests_are_answered_while_the_model_is_switched_and_switched_back() -> Resu
         } else {
             &["rollback"]
         };
-        let mut switch = std::process::Command::new(program::path("pipit")?);
-        switch
-            .arg("model")
-            .args(words)
-            .arg("--config")
-            .arg(device.config());
-        switch.arg("--state-dir").arg(device.state());
-        let mut switch = Some(Running::start(&mut switch)?);
+        let mut switch = Some(Running::start(&mut model_command(&device, words)?)?);
         for number in 0.. {
             let id = format!("r{round}-{number}");
             let since = Instant::now();
@@ -219,11 +227,7 @@ fn what_is_not_signed_tampered_with_or_answers_otherwise_is_not_installed() -> R
 #[test]
 fn an_installation_that_is_killed_at_any_step_leaves_a_verified_model() -> Result<()> {
     let maker = Maker::new()?;
-    let (first, second) = (Tiny::make()?, Tiny::of_type("BF16")?);
-    let (first, second) = (
-        maker.pack(&first.path(), "1", GOLDEN)?,
-        maker.pack(&second.path(), "2", GOLDEN)?,
-    );
+    let (first, second) = two_versions(&maker, GOLDEN)?;
     let broker = Broker::forgetful()?;
     for point in [
         "model_fetching",
@@ -272,11 +276,7 @@ fn an_installation_that_is_killed_at_any_step_leaves_a_verified_model() -> Resul
 #[test]
 fn torn_and_damaged_files_of_the_store_do_not_serve_a_wrong_model() -> Result<()> {
     let maker = Maker::new()?;
-    let (first, second) = (Tiny::make()?, Tiny::of_type("BF16")?);
-    let (first, second) = (
-        maker.pack(&first.path(), "1", GOLDEN)?,
-        maker.pack(&second.path(), "2", GOLDEN)?,
-    );
+    let (first, second) = two_versions(&maker, GOLDEN)?;
     let broker = Broker::forgetful()?;
     let mut device = device("torn", &maker, "")?;
     let client = listener(&broker, &device)?;
@@ -316,11 +316,7 @@ fn torn_and_damaged_files_of_the_store_do_not_serve_a_wrong_model() -> Result<()
 #[test]
 fn a_model_that_ends_its_worker_again_and_again_is_given_up() -> Result<()> {
     let maker = Maker::new()?;
-    let (first, second) = (Tiny::make()?, Tiny::of_type("BF16")?);
-    let (first, second) = (
-        maker.pack(&first.path(), "1", &[])?,
-        maker.pack(&second.path(), "2", &[])?,
-    );
+    let (first, second) = two_versions(&maker, &[])?;
     let broker = Broker::forgetful()?;
     let mut device = device("crash-loop", &maker, "")?;
     install(&device, &first)?.success()?;
@@ -371,11 +367,7 @@ fn a_model_that_ends_its_worker_again_and_again_is_given_up() -> Result<()> {
 #[test]
 fn commands_over_mqtt_install_and_go_on_after_a_power_cut() -> Result<()> {
     let maker = Maker::new()?;
-    let (first, second) = (Tiny::make()?, Tiny::of_type("BF16")?);
-    let (first, second) = (
-        maker.pack(&first.path(), "1", GOLDEN)?,
-        maker.pack(&second.path(), "2", GOLDEN)?,
-    );
+    let (first, second) = two_versions(&maker, GOLDEN)?;
     let broker = Broker::forgetful()?;
     for (point, most) in [("model_changing", u64::MAX), ("none", 10_000)] {
         let mut device = device(&format!("mqtt-{}", point.replace('_', "-")), &maker, ADMIN)?;
@@ -451,11 +443,7 @@ fn commands_over_mqtt_install_and_go_on_after_a_power_cut() -> Result<()> {
 #[test]
 fn a_model_that_does_not_fit_beside_the_one_that_is_served_gets_its_room() -> Result<()> {
     let maker = Maker::new()?;
-    let (first, second) = (Tiny::make()?, Tiny::of_type("BF16")?);
-    let (first, second) = (
-        maker.pack(&first.path(), "1", GOLDEN)?,
-        maker.pack(&second.path(), "2", GOLDEN)?,
-    );
+    let (first, second) = two_versions(&maker, GOLDEN)?;
     let broker = Broker::forgetful()?;
     let mut device = device("room", &maker, "")?;
     install(&device, &first)?.success()?;
@@ -468,14 +456,7 @@ fn a_model_that_does_not_fit_beside_the_one_that_is_served_gets_its_room() -> Re
         device.config(),
         config.replace("[model]\n", "[model]\nmemory_bytes = 1000000\n"),
     )?;
-    let mut tries = std::process::Command::new(program::path("pipit")?);
-    tries.args(["model", "install", text(second.path())?]);
-    tries
-        .arg("--config")
-        .arg(device.config())
-        .arg("--state-dir")
-        .arg(device.state());
-    let tries = Running::start(&mut tries)?;
+    let tries = Running::start(&mut model_command(&device, &["install", text(second.path())?])?)?;
     device.wait_for_line(PATIENCE, |line| line.contains("an installation needs the memory"))?;
     client.wait(PATIENCE, "an unloaded model", |seen| {
         seen.json(&device.topic("status"))["state"] == "online"

@@ -180,11 +180,6 @@ fn sizes(
     let config = model.config();
     let adapters = parameters.kinds.iter().find(|kind| kind.kind == "adapters");
     let adapters = adapters.map_or(0, |kind| kind.trained as u64);
-    let dense = model.weights().map(|weight| {
-        let tensor = weight.get(Mode::INFERENCE);
-        (tensor.elem_count() * tensor.dtype().size_in_bytes()) as u64
-    });
-    let weights = dense.chain(model.quantized().map(|rows| rows.bytes() as u64));
     // A soft prompt stands before every sequence; a prefix is not among the rows.
     let virtual_rows = match method {
         Method::Prompt => config.max_position_embeddings - model.longest(),
@@ -198,7 +193,7 @@ fn sizes(
         intermediate: config.intermediate_size,
         kept: kept_per_row(model),
         vocabulary: config.vocab_size,
-        weights: weights.sum(),
+        weights: model.bytes(),
         trained_weights: parameters.trained as u64 - adapters,
         adapters,
         teacher: facts.teacher_bytes,

@@ -142,6 +142,13 @@ impl Model {
         dense.sum::<usize>() + quantized.sum::<usize>()
     }
 
+    /// The bytes of the checkpoint's weights, in memory or in a mapped file.
+    pub fn bytes(&self) -> u64 {
+        let dense = self.weights().map(Parameter::bytes);
+        let quantized = self.quantized().map(QuantizedRows::bytes);
+        dense.chain(quantized).sum::<usize>() as u64
+    }
+
     /// Every trained tensor with its name: weights by their name in the checkpoint, adapters by PEFT's
     /// (`model.layers.0.self_attn.q_proj.lora_A.weight`).
     pub fn trained(&self) -> Vec<(&str, &Var)> {

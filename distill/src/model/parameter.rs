@@ -82,6 +82,11 @@ impl Parameter {
         self.var.as_ref()
     }
 
+    /// The bytes of its values.
+    pub fn bytes(&self) -> usize {
+        self.tensor.elem_count() * self.tensor.dtype().size_in_bytes()
+    }
+
     /// The values; tied to the gradient only where the mode asks for it.
     pub fn get(&self, mode: Mode) -> &Tensor {
         match &self.var {

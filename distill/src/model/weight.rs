@@ -71,10 +71,7 @@ impl Weight {
     /// The bytes that it takes, in memory or in a mapped file.
     pub fn bytes(&self) -> usize {
         match self {
-            Self::Dense(parameter) => {
-                let tensor = parameter.get(Mode::INFERENCE);
-                tensor.elem_count() * tensor.dtype().size_in_bytes()
-            }
+            Self::Dense(parameter) => parameter.bytes(),
             Self::Quantized(rows) => rows.bytes(),
         }
     }

@@ -133,13 +133,8 @@ impl Opener<'_> {
         let adapter = Some(adapter).filter(|path| !path.as_os_str().is_empty());
         let teacher = CheckpointTeacher::open(path, adapter, self.prepared.student.model.place())?;
         let model = teacher.model();
-        let dense = model.weights().map(|weight| {
-            let weight = weight.get(crate::model::Mode::INFERENCE);
-            weight.elem_count() * weight.dtype().size_in_bytes()
-        });
-        let quantized = model.quantized().map(|rows| rows.bytes());
         Ok(Here {
-            bytes: dense.chain(quantized).sum::<usize>() as u64,
+            bytes: model.bytes(),
             parameters: Some(model.parameters()),
             teacher: Box::new(teacher),
         })

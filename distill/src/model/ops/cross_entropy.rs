@@ -52,8 +52,7 @@ impl Criterion for Targets {
         with_gradient: bool,
     ) -> Result<(Tensor, Option<Tensor>)> {
         let (count, _) = logits.dims2()?;
-        let tokens = self.rows[first..first + count].iter().map(|(_, token)| *token);
-        let tokens = Tensor::from_iter(tokens, logits.device())?.unsqueeze(1)?;
+        let tokens = self.labels(first, count, logits.device())?;
         let shifted = logits.broadcast_sub(&logits.max_keepdim(1)?)?;
         let exp = shifted.exp()?;
         let sum = exp.sum_keepdim(1)?;

@@ -382,15 +382,13 @@ impl Criterion for Distillation {
         with_gradient: bool,
     ) -> Result<(Tensor, Option<Tensor>)> {
         let (count, vocabulary) = logits.dims2()?;
-        let tokens = self.targets.rows[first..first + count]
-            .iter()
-            .map(|(_, token)| *token);
         let teacher = match &self.teacher {
             Told::Full(teacher) if self.objective.top_k.is_none() => teacher,
             _ => return compute_here(self, first, logits),
         };
         let shared = teacher.vocab_size().min(vocabulary);
-        if tokens.clone().any(|token| token as usize >= shared) {
+        let targets = &self.targets.rows[first..first + count];
+        if targets.iter().any(|(_, token)| *token as usize >= shared) {
             return compute_here(self, first, logits);
         }
         let teacher = teacher.there(first..first + count, logits.device())?;
@@ -398,7 +396,7 @@ impl Criterion for Distillation {
         let scale = 1.0 / self.objective.temperature;
         let log_p = composed_log_softmax(&teacher.narrow(1, 0, shared)?.to_dtype(logits.dtype())?, scale)?;
         let log_q = composed_log_softmax(&student.narrow(1, 0, shared)?, scale)?;
-        let labels = Tensor::from_iter(tokens, logits.device())?.unsqueeze(1)?;
+        let labels = self.targets.labels(first, count, logits.device())?;
         let of_labels = |log: &Tensor| log.gather(&labels, 1)?.sum_all();
         let distillation = (self.objective.loss.composed(&log_p, &log_q)? * self.objective.scale())?;
         let mut loss = distillation.clone();

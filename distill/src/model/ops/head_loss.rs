@@ -6,7 +6,7 @@
 
 use std::sync::Mutex;
 
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, Device, Layout, Result, Shape, Tensor};
 
 use super::composed;
 use super::frozen::Frozen;
@@ -65,6 +65,12 @@ impl Targets {
         let chunk = self.chunk.max(1);
         let chunks = self.rows.chunks(chunk).enumerate();
         chunks.map(move |(i, rows)| (i * chunk, rows))
+    }
+
+    /// The tokens of some targets, `[count, 1]` on a device.
+    pub(super) fn labels(&self, first: usize, count: usize, device: &Device) -> Result<Tensor> {
+        let tokens = self.rows[first..first + count].iter().map(|(_, token)| *token);
+        Tensor::from_iter(tokens, device)?.unsqueeze(1)
     }
 
     /// Refuses targets that leave the hidden states or the vocabulary.
