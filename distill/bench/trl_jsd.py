@@ -2,7 +2,7 @@
 """torch + TRL's loss on the shapes of the benchmark: full fine-tuning of a student against a teacher, both MODEL_DIR,
 f32, batch 4 x 128 tokens, AdamW.
 
-    trl_jsd.py MODEL_DIR ROWS.jsonl [STEPS]
+    trl_jsd.py MODEL_DIR ROWS.jsonl [STEPS [adamw_torch|adamw_8bit]]
 
 ROWS.jsonl has rows with `prompt` and `completion` of at least 128 tokens together. Prints a JSON object: tokens/s (the
 first step is not counted) and the peak resident memory.
@@ -28,7 +28,14 @@ rows = [tokenizer(row["prompt"] + row["completion"]).input_ids[:128] for row in 
 rows = [row for row in rows if len(row) == 128]
 student = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).train()
 teacher = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval().requires_grad_(False)
-optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5, weight_decay=0.0)
+if len(sys.argv) > 4 and sys.argv[4] == "adamw_8bit":
+    import bitsandbytes
+    # As transformers' Trainer: the embedding keeps its moments in f32.
+    bitsandbytes.optim.GlobalOptimManager.get_instance().register_module_override(
+        student.get_input_embeddings(), "weight", {"optim_bits": 32})
+    optimizer = bitsandbytes.optim.AdamW8bit(student.parameters(), lr=1e-5, weight_decay=0.0)
+else:
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5, weight_decay=0.0)
 tokens, seconds = 0, 0.0
 for step in range(steps + 1):
     start = time.perf_counter()

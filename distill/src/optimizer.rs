@@ -1,18 +1,36 @@
 //! AdamW as torch has it, with state that can be read, gradient clipping, and learning rate schedules.
 //!
-//! Weights and moments are f32: one loop on the CPU, candle's own operations on another device.
+//! Weights are f32, and so are moments unless they are kept in eight bits: one loop on the CPU, candle's own operations
+//! on another device.
 
+mod eight_bit;
 mod schedule;
 
 use std::sync::{Mutex, PoisonError};
 
 use candle_core::{CpuStorage, DType, InplaceOp2, Layout, Result, Tensor, Var, WithDType};
+use eight_bit::EightBitMoments;
+pub use eight_bit::{bytes as eight_bit_bytes, takes_eight_bits};
 use rayon::prelude::*;
 pub use schedule::Schedule;
+use serde::{Deserialize, Serialize};
 
 use crate::model::ops::{is_composed, sum_of_rows, with_elements};
 
 const CHUNK: usize = 16 * 1024;
+
+/// The optimizer, spelled as transformers' `optim` spells it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[value(rename_all = "snake_case")]
+pub enum Optim {
+    /// AdamW with moments in f32.
+    #[serde(rename = "adamw_torch")]
+    AdamwTorch,
+    /// AdamW with moments in eight bits, as bitsandbytes has it. On the CPU only.
+    #[serde(rename = "adamw_8bit")]
+    #[value(name = "adamw_8bit")]
+    Adamw8bit,
+}
 
 /// The constants of AdamW, <https://arxiv.org/abs/1711.05101>.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -46,6 +64,8 @@ struct Slot {
 #[derive(Debug)]
 enum Moments {
     Cpu(Vec<f32>, Vec<f32>),
+    /// On the CPU.
+    EightBit(EightBitMoments),
     /// Where the variable is, and of its shape.
     Device(Tensor, Tensor),
 }
@@ -76,6 +96,16 @@ impl AdamW {
         }
     }
 
+    /// Keeps the moments of variable `i`, which is on the CPU, in eight bits from now on, beginning with zeros.
+    ///
+    /// # Panics
+    /// When there are not so many variables.
+    pub fn keep_in_eight_bits(&mut self, i: usize) {
+        let slot = &mut self.slots[i];
+        let zeros = EightBitMoments::zeros(slot.var.elem_count());
+        slot.moments = Mutex::new(Moments::EightBit(zeros));
+    }
+
     /// The steps that were done.
     pub fn steps(&self) -> usize {
         self.steps as usize
@@ -90,6 +120,7 @@ impl AdamW {
         let moments = self.slots[i].moments.lock();
         match &*moments.unwrap_or_else(PoisonError::into_inner) {
             Moments::Cpu(mean, square) => Ok([mean.clone(), square.clone()]),
+            Moments::EightBit(moments) => Ok(moments.numbers()),
             Moments::Device(mean, square) => {
                 let numbers = |tensor: &Tensor| tensor.flatten_all()?.to_vec1();
                 Ok([numbers(mean)?, numbers(square)?])
@@ -97,25 +128,46 @@ impl AdamW {
         }
     }
 
-    /// Puts variable `i`'s moments back.
+    /// The scales of variable `i`'s moments, one for each 256 numbers; none where they are f32.
+    ///
+    /// # Panics
+    /// When there are not so many variables.
+    pub fn scales(&self, i: usize) -> Option<[Vec<f32>; 2]> {
+        let moments = self.slots[i].moments.lock();
+        match &*moments.unwrap_or_else(PoisonError::into_inner) {
+            Moments::EightBit(moments) => Some(moments.scales()),
+            Moments::Cpu(..) | Moments::Device(..) => None,
+        }
+    }
+
+    /// Puts variable `i`'s moments back, and the scales that they had in eight bits.
     ///
     /// # Panics
     /// When there are not so many variables, or the moments are not as many numbers as the variable has.
-    pub fn set_moments(&mut self, i: usize, [mean, square]: [Vec<f32>; 2]) -> Result<()> {
+    pub fn set_moments(
+        &mut self,
+        i: usize,
+        [mean, square]: [Vec<f32>; 2],
+        scales: Option<[Vec<f32>; 2]>,
+    ) -> Result<()> {
         let slot = &self.slots[i];
         let count = slot.var.elem_count();
         assert!(
             mean.len() == count && square.len() == count,
             "{count} numbers each"
         );
-        let moments = match is_composed(&slot.var) {
+        let mut held = slot.moments.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Moments::EightBit(moments) = &mut *held {
+            moments.set(&[mean, square], scales);
+            return Ok(());
+        }
+        *held = match is_composed(&slot.var) {
             false => Moments::Cpu(mean, square),
             true => {
                 let tensor = |numbers| Tensor::from_vec(numbers, slot.var.dims(), slot.var.device());
                 Moments::Device(tensor(mean)?, tensor(square)?)
             }
         };
-        *slot.moments.lock().unwrap_or_else(PoisonError::into_inner) = moments;
         Ok(())
     }
 
@@ -202,7 +254,7 @@ impl Update<'_> {
         let var = &self.slot.var;
         let mut moments = self.slot.moments.lock().unwrap_or_else(PoisonError::into_inner);
         let (mean, square) = match &*moments {
-            Moments::Cpu(..) => (var.zeros_like()?, var.zeros_like()?),
+            Moments::Cpu(..) | Moments::EightBit(_) => (var.zeros_like()?, var.zeros_like()?),
             Moments::Device(mean, square) => (mean.clone(), square.clone()),
         };
         let gradient = (gradient.to_dtype(DType::F32)? * self.scale)?;
@@ -245,9 +297,6 @@ impl InplaceOp2 for Update<'_> {
     ) -> Result<()> {
         let (weights, gradient) = slices("adamw", (weights, weights_layout), (gradient, gradient_layout))?;
         let mut moments = self.slot.moments.lock().unwrap_or_else(PoisonError::into_inner);
-        let Moments::Cpu(mean, square) = &mut *moments else {
-            candle_core::bail!("adamw: the moments are on a device")
-        };
         let AdamWOptions {
             beta1,
             beta2,
@@ -257,18 +306,23 @@ impl InplaceOp2 for Update<'_> {
         let Factors { keep, step, root } = self.factors();
         let (keep, step, root, epsilon) = (keep as f32, step as f32, root as f32, epsilon as f32);
         let (b1, b2, scale) = (beta1 as f32, beta2 as f32, self.scale as f32);
-        weights
-            .par_chunks_mut(CHUNK)
-            .zip(gradient.par_chunks(CHUNK))
-            .zip(mean.par_chunks_mut(CHUNK).zip(square.par_chunks_mut(CHUNK)))
-            .for_each(|((weights, gradient), (mean, square))| {
-                for ((w, g), (m, v)) in weights.iter_mut().zip(gradient).zip(mean.iter_mut().zip(square)) {
-                    let g = *g * scale;
-                    *m += (g - *m) * (1.0 - b1);
-                    *v = *v * b2 + g * g * (1.0 - b2);
-                    *w = *w * keep - step * *m / (v.sqrt() / root + epsilon);
-                }
-            });
+        let one = |weights: &mut [f32], gradient: &[f32], mean: &mut [f32], square: &mut [f32]| {
+            for ((w, g), (m, v)) in weights.iter_mut().zip(gradient).zip(mean.iter_mut().zip(square)) {
+                let g = *g * scale;
+                *m += (g - *m) * (1.0 - b1);
+                *v = *v * b2 + g * g * (1.0 - b2);
+                *w = *w * keep - step * *m / (v.sqrt() / root + epsilon);
+            }
+        };
+        match &mut *moments {
+            Moments::Cpu(mean, square) => weights
+                .par_chunks_mut(CHUNK)
+                .zip(gradient.par_chunks(CHUNK))
+                .zip(mean.par_chunks_mut(CHUNK).zip(square.par_chunks_mut(CHUNK)))
+                .for_each(|((weights, gradient), (mean, square))| one(weights, gradient, mean, square)),
+            Moments::EightBit(moments) => moments.step(weights, gradient, one),
+            Moments::Device(..) => candle_core::bail!("adamw: the moments are on a device"),
+        }
         Ok(())
     }
 }

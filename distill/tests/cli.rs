@@ -76,6 +76,33 @@ fn a_run_learns_its_rows_and_eval_says_so() {
     ])))
     .unwrap();
     assert_eq!(before["exact_match"], 0.0);
+    let distance = |teacher: &str| {
+        let args = [
+            "eval",
+            "--model",
+            "run-full",
+            "--data",
+            "train.jsonl",
+            "--no-generate",
+            "--json",
+            "--teacher",
+            teacher,
+        ];
+        let eval: Value = serde_json::from_str(&succeeded(&place.run(&args))).unwrap();
+        eval["divergence"]["forward_kl"].as_f64().unwrap()
+    };
+    assert!(distance("run-full") < 1e-9);
+    assert!(distance("model") > 0.5);
+    let served = [
+        "eval",
+        "--model",
+        "model",
+        "--data",
+        "train.jsonl",
+        "--teacher",
+        "http://127.0.0.1:1",
+    ];
+    failed(2, "`pipit-distill opd` takes servers", &place.run(&served));
 }
 
 #[test]
@@ -414,6 +441,21 @@ fn a_rate_that_blows_up_stops_and_names_the_batch() {
     // What came to no checkpoint does not stand in the way of the next run.
     succeeded(&place.sft("run", &["--max-steps", "1"]));
     assert!(!place.path("run/bad-batch.json").exists());
+}
+
+#[test]
+fn eight_bits_are_for_the_cpu() {
+    let place = Workplace::new();
+    let more = ["--optim", "adamw_8bit", "--device", "cuda"];
+    place.refused(
+        2,
+        "--optim adamw_8bit runs on the CPU, not on cuda",
+        &place.sft("run", &more),
+    );
+    succeeded(&place.sft(
+        "run",
+        &["--optim", "adamw_8bit", "--method", "full", "--max-steps", "2"],
+    ));
 }
 
 #[test]

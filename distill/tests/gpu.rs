@@ -11,7 +11,7 @@ use pipit_distill::batch::Batch;
 use pipit_distill::device::{Place, Precision};
 use pipit_distill::loss::{Loss, Objective};
 use pipit_distill::model::{Keep, Mode, Model};
-use pipit_distill::optimizer::AdamWOptions;
+use pipit_distill::optimizer::{AdamWOptions, Optim};
 use pipit_distill::random::Random;
 use pipit_distill::rollout::{Stop, greedy};
 use pipit_distill::teacher::{Asked, CheckpointTeacher, Teacher};
@@ -38,6 +38,7 @@ fn learner(model: &Model) -> Learner<'_> {
         weight_decay: 0.1,
     };
     let options = LearnerOptions {
+        optim: Optim::AdamwTorch,
         adamw,
         max_grad_norm: 1.0,
         gradient_checkpointing: false,

@@ -122,6 +122,21 @@ fn a_run_that_was_interrupted_ends_with_the_bits_of_one_that_was_not() {
 
 #[test]
 fn full_training_goes_on_too_with_activations_recomputed() {
+    goes_on("adamw_torch");
+}
+
+#[test]
+fn moments_in_eight_bits_are_kept() {
+    let place = goes_on("adamw_8bit");
+    let saved = fs::read(place.path("run-whole/checkpoint-10/trainer.safetensors")).unwrap();
+    assert!(
+        String::from_utf8_lossy(&saved).contains(".exp_avg_sq.absmax"),
+        "no tensor is large enough"
+    );
+}
+
+/// Trains all weights, and goes on from a checkpoint in the middle to the same bits.
+fn goes_on(optim: &str) -> Workplace {
     let place = Workplace::new();
     let more = [
         "--method",
@@ -132,6 +147,8 @@ fn full_training_goes_on_too_with_activations_recomputed() {
         "5",
         "--learning-rate",
         "1e-3",
+        "--optim",
+        optim,
     ];
     let run = |run: &str, more: &[&str]| {
         let mut all = vec!["sft", "--model", "model", "--data", "train.jsonl", "-o", run];
@@ -164,6 +181,7 @@ fn full_training_goes_on_too_with_activations_recomputed() {
         checkpoints(&place, "run-whole"),
         ["checkpoint-10", "checkpoint-5"]
     );
+    place
 }
 
 #[test]

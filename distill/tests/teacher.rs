@@ -9,7 +9,7 @@ use pipit_distill::adapter::{Adapter, InitLoraWeights, lora};
 use pipit_distill::device::Place;
 use pipit_distill::loss::{Loss, Measures, Objective};
 use pipit_distill::model::{Keep, Mode, Model};
-use pipit_distill::optimizer::AdamWOptions;
+use pipit_distill::optimizer::{AdamWOptions, Optim};
 use pipit_distill::random::{Random, mix};
 use pipit_distill::teacher::{Asked, BaseTeacher, CheckpointTeacher, Scores, Teacher, TeacherError};
 use pipit_distill::trainer::{Learner, LearnerOptions};
@@ -226,6 +226,7 @@ fn a_student_that_is_its_teacher_does_not_drift() {
                 .collect();
             let mut teacher = CheckpointTeacher::open(&fixture(name), None, &Place::default()).unwrap();
             let options = LearnerOptions {
+                optim: Optim::AdamwTorch,
                 adamw: AdamWOptions {
                     beta1: 0.9,
                     beta2: 0.999,
@@ -377,6 +378,7 @@ fn a_student_comes_to_answer_like_its_teacher() {
     let before = run(&model, &mut teacher, training, &forward).0;
     let before_held_out = run(&model, &mut teacher, held_out, &forward).0;
     let options = LearnerOptions {
+        optim: Optim::AdamwTorch,
         adamw: AdamWOptions {
             beta1: 0.9,
             beta2: 0.999,

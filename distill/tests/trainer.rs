@@ -8,12 +8,13 @@ mod support;
 use pipit_distill::adapter::{Adapter, InitLoraWeights, LoraOptions, lora};
 use pipit_distill::batch::{Batch, IGNORED};
 use pipit_distill::model::{Mode, Model};
-use pipit_distill::optimizer::AdamWOptions;
+use pipit_distill::optimizer::{AdamWOptions, Optim};
 use pipit_distill::random::{Random, mix};
 use pipit_distill::trainer::{Learner, LearnerOptions};
 use support::{fixture, rank_four};
 
 const OPTIONS: LearnerOptions = LearnerOptions {
+    optim: Optim::AdamwTorch,
     adamw: AdamWOptions {
         beta1: 0.9,
         beta2: 0.999,

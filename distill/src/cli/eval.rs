@@ -1,5 +1,7 @@
 //! `pipit-distill eval`: loss, perplexity, and exact match of greedy answers.
 
+mod distance;
+
 use std::collections::HashMap;
 use std::io::Write as _;
 use std::path::PathBuf;
@@ -15,6 +17,7 @@ use crate::adapter::Adapter;
 use crate::data::{DataReport, Encoder, Prompt, Row, Sample, read_rows};
 use crate::evaluate::{Answer, Figures, Score, Table, answers, loss_sum};
 use crate::model::{Keep, Model};
+use crate::opd::Divergence;
 use crate::rollout::Stop;
 
 const BAR: &str = "{msg} {wide_bar} {pos}/{len} {elapsed}, {eta} to go";
@@ -25,7 +28,8 @@ const BAR: &str = "{msg} {wide_bar} {pos}/{len} {elapsed}, {eta} to go";
     after_help = "Answers that are both JSON are compared as JSON; where answers should be JSON objects, the share of\n\
     valid ones and of right values by key is shown too.\n\nExamples:\n  \
     pipit-distill eval --model smollm2 --data dev.jsonl --max-rows 100\n  \
-    pipit-distill eval --model smollm2 --adapter run --data dev.jsonl --by language --json"
+    pipit-distill eval --model smollm2 --adapter run --data dev.jsonl --by language --json\n  \
+    pipit-distill eval --model student.gguf --data dev.jsonl --teacher teacher"
 )]
 pub struct Args {
     /// The checkpoint folder, or a GGUF file
@@ -67,6 +71,9 @@ pub struct Args {
     /// Measure the loss only: no answers are generated
     #[arg(long)]
     no_generate: bool,
+    /// Another model: how far this one is from it on the rows' answers. A GGUF file runs in llama.cpp for that
+    #[arg(long, value_name = "DIR|FILE.gguf")]
+    teacher: Option<String>,
     /// Write every row's question, expected answer, answer and loss to this file
     #[arg(long, value_name = "F.jsonl", conflicts_with = "no_generate")]
     samples: Option<PathBuf>,
@@ -172,7 +179,12 @@ fn evaluate(args: &Args, output: Output, stop: &AtomicBool) -> anyhow::Result<()
         written.sort_by_key(|line| line.line);
         write_lines(path, &written).with_context(|| format!("cannot write {}", path.display()))?;
     }
-    print(args, output, &table, &report)
+    let scored: Vec<&Sample> = items.iter().map(|(sample, _)| *sample).collect();
+    let distance = match &args.teacher {
+        Some(spec) => Some(distance::measure(args, spec, &model, &encoder, &scored)?),
+        None => None,
+    };
+    print(args, output, &table, &report, distance.as_ref())
 }
 
 /// A line of `--samples`.
@@ -223,7 +235,13 @@ fn check_column(column: &str, items: &[(&Sample, &Row)]) -> anyhow::Result<()> {
     )))
 }
 
-fn print(args: &Args, output: Output, table: &Table, report: &DataReport) -> anyhow::Result<()> {
+fn print(
+    args: &Args,
+    output: Output,
+    table: &Table,
+    report: &DataReport,
+    distance: Option<&Divergence>,
+) -> anyhow::Result<()> {
     if output.json {
         let mut json = Map::new();
         json.insert("model".into(), json!(args.model));
@@ -239,6 +257,10 @@ fn print(args: &Args, output: Output, table: &Table, report: &DataReport) -> any
                 .map(|(value, score)| (value.clone(), json!(score.figures())))
                 .collect();
             json.insert("by".into(), json!(by));
+        }
+        if let Some(distance) = distance {
+            json.insert("teacher".into(), json!(args.teacher));
+            json.insert("divergence".into(), json!(distance));
         }
         println!("{}", serde_json::Value::Object(json));
         return Ok(());
@@ -285,5 +307,12 @@ fn print(args: &Args, output: Output, table: &Table, report: &DataReport) -> any
         line(value, &score.figures());
     }
     line("all", &all);
+    if let Some(distance) = distance {
+        println!(
+            "KL(teacher || model) {} nats a token, the same most probable token at {}",
+            number(distance.forward_kl),
+            percent(distance.top1_agreement)
+        );
+    }
     Ok(())
 }

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use super::UsageError;
 use crate::adapter::{Bias, InitLoraWeights, PromptTuningInit};
-use crate::optimizer::Schedule;
+use crate::optimizer::{Optim, Schedule};
 use crate::trainer::{Strategy, When};
 
 /// How weights are trained.
@@ -166,6 +166,8 @@ options! {
     bf16: bool = false, "On a GPU: hidden states and frozen weights in bfloat16; what is trained stays in f32";
     #[arg(num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
     fp16: bool = false, "The same in float16, with loss scaling, for GPUs without bfloat16";
+    #[arg(value_enum)]
+    optim: Optim = Optim::AdamwTorch, "AdamW with its moments in f32, or on the CPU in eight bits: a quarter of their memory [default: adamw_torch]";
     learning_rate: f64 = 2e-4, "The learning rate after the warm-up [default: 2e-4]";
     num_train_epochs: f64 = 3.0, "Passes over the data, where --max-steps is not given [default: 3]";
     max_steps: usize = 0, "Steps to do, whatever the number of passes";
@@ -438,6 +440,12 @@ impl SftConfig {
             return usage(
                 "--lr-scheduler-type constant has no warm-up\nhint: constant_with_warmup has one".into(),
             );
+        }
+        if self.optim == Optim::Adamw8bit && self.device != "cpu" {
+            return usage(format!(
+                "--optim adamw_8bit runs on the CPU, not on {}\nhint: leave it out, or train on the CPU",
+                self.device
+            ));
         }
         if self.bnb_4bit_quant_type == QuantType::Fp4 {
             return usage(

@@ -12,6 +12,7 @@ use crate::data::DataReport;
 use crate::device::Precision;
 use crate::memory::{self, Sizes};
 use crate::model::{Mode, Model};
+use crate::optimizer::{Optim, eight_bit_bytes, takes_eight_bits};
 use crate::plan::{DataFile, Measured, Parameters, Plan, Work};
 use crate::trainer::{TrainOptions, When, plan_steps, train, with_deep_stack};
 
@@ -197,6 +198,7 @@ fn sizes(
         trained_weights: parameters.trained as u64 - adapters,
         adapters,
         teacher: facts.teacher_bytes,
+        optimizer: moments_bytes(model, options.learner.optim),
         tied_and_trained: config.tie_word_embeddings && trains_embedding,
         rows: work.largest_pass_tokens + work.largest_pass_rows * virtual_rows,
         recompute: options.learner.gradient_checkpointing,
@@ -214,6 +216,16 @@ fn sizes(
             false => work.largest_pass_rows * config.num_attention_heads * facts.report.longest.pow(2),
         },
     }
+}
+
+/// What AdamW keeps of what is trained, in bytes.
+fn moments_bytes(model: &Model, optim: Optim) -> u64 {
+    let of = |name: &str, numbers: usize| match optim {
+        Optim::Adamw8bit if takes_eight_bits(name, numbers) => eight_bit_bytes(numbers as u64),
+        Optim::AdamwTorch | Optim::Adamw8bit => 8 * numbers as u64,
+    };
+    let trained = model.trained().into_iter();
+    trained.map(|(name, var)| of(name, var.elem_count())).sum()
 }
 
 /// The gradients that exist together where weights move at once: of what is in no block, and of the largest block.

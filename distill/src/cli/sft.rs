@@ -383,6 +383,7 @@ pub(super) fn train_options(config: &SftConfig, lengths: Vec<usize>) -> TrainOpt
     TrainOptions {
         sampling,
         learner: LearnerOptions {
+            optim: config.optim,
             adamw: AdamWOptions {
                 beta1: config.adam_beta1,
                 beta2: config.adam_beta2,

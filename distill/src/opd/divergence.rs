@@ -289,7 +289,7 @@ fn batch_and_labels(asked: &[Asked<'_>]) -> (Batch, Vec<u32>) {
 }
 
 /// The same of a student that is asked as a teacher is: a GGUF file in llama.cpp.
-pub(super) fn measure_teacher(
+pub(crate) fn measure_teacher(
     student: &mut dyn Teacher,
     teacher: &mut dyn Teacher,
     tasks: &[Task],

@@ -3,7 +3,7 @@
 //! | file | |
 //! |---|---|
 //! | what the run would end with | an adapter in PEFT's layout, or a checkpoint folder: usable by itself |
-//! | `trainer.safetensors` | `NAME.exp_avg` and `NAME.exp_avg_sq` (AdamW's moments, torch's names) of every trained tensor, and the tensor itself as `NAME` unless `model.safetensors` has it; f32 |
+//! | `trainer.safetensors` | `NAME.exp_avg` and `NAME.exp_avg_sq` (AdamW's moments, torch's names) of every trained tensor, with `….absmax` (their scales, bitsandbytes' name) where they are kept in eight bits, and the tensor itself as `NAME` unless `model.safetensors` has it; f32 |
 //! | `trainer_state.json` | [`Progress`], and a fingerprint of the data |
 //!
 //! There is no state of a random generator: order and dropout are functions of the seed and the step.
@@ -190,28 +190,34 @@ impl Checkpoints<'_> {
     fn write(&self, path: &Path, learner: &Learner<'_>, progress: &Progress, data: u64) -> Result<(), Cause> {
         let dir = OutputDir::create(path)?;
         (self.export)(dir.path())?;
-        let parts = match self.weights_in_export {
-            true => &[Part::ExpAvg, Part::ExpAvgSq][..],
-            false => &[Part::Weights, Part::ExpAvg, Part::ExpAvgSq],
-        };
-        let names: Vec<_> = learner
-            .trained()
-            .iter()
-            .flat_map(|(name, var)| parts.iter().map(|part| (part.name(name), var.dims().to_vec())))
-            .collect();
-        write_tensors(&dir.path().join(TENSORS_FILE), &names, |i| {
-            let tensor = i / parts.len();
-            match parts[i % parts.len()] {
-                Part::Weights => numbers(learner.trained()[tensor].1),
-                Part::ExpAvg => {
-                    let [mean, _] = learner.optimizer().moments(tensor)?;
-                    Ok(mean)
-                }
-                Part::ExpAvgSq => {
-                    let [_, square] = learner.optimizer().moments(tensor)?;
-                    Ok(square)
+        let mut tensors = Vec::new();
+        for (i, (name, var)) in learner.trained().iter().enumerate() {
+            let shape = var.dims().to_vec();
+            if !self.weights_in_export {
+                tensors.push((i, Part::Weights, (Part::Weights.name(name), shape.clone())));
+            }
+            let scales = learner.optimizer().scales(i);
+            for (at, part) in MOMENTS.into_iter().enumerate() {
+                tensors.push((i, part, (part.name(name), shape.clone())));
+                if let Some(scales) = &scales {
+                    let part = SCALES[at];
+                    tensors.push((i, part, (part.name(name), vec![scales[at].len()])));
                 }
             }
+        }
+        let names: Vec<_> = tensors.iter().map(|(.., named)| named.clone()).collect();
+        write_tensors(&dir.path().join(TENSORS_FILE), &names, |at| {
+            let (i, part, _) = tensors[at];
+            let scales = || learner.optimizer().scales(i).unwrap_or_default();
+            let [mean, square] = match part {
+                Part::Weights => return numbers(learner.trained()[i].1),
+                Part::ExpAvg | Part::ExpAvgSq => learner.optimizer().moments(i)?,
+                Part::ExpAvgScales | Part::ExpAvgSqScales => scales(),
+            };
+            Ok(match part {
+                Part::ExpAvg | Part::ExpAvgScales => mean,
+                _ => square,
+            })
         })?;
         let state = State {
             progress: progress.clone(),
@@ -261,9 +267,16 @@ impl Checkpoints<'_> {
         files.weights(learner)?;
         for i in 0..learner.trained().len() {
             let (name, var) = learner.trained()[i];
-            let [mean, square] =
-                [Part::ExpAvg, Part::ExpAvgSq].map(|part| files.take(&part.name(name), var.dims()));
-            learner.optimizer_mut().set_moments(i, [mean?, square?])?;
+            let [mean, square] = MOMENTS.map(|part| files.take(&part.name(name), var.dims()));
+            let scales = match learner.optimizer().scales(i) {
+                Some(scales) => {
+                    let shape = [scales[0].len()];
+                    let [mean, square] = SCALES.map(|part| files.take(&part.name(name), &shape));
+                    Some([mean?, square?])
+                }
+                None => None,
+            };
+            learner.optimizer_mut().set_moments(i, [mean?, square?], scales)?;
         }
         learner.optimizer_mut().set_steps(state.progress.global_step);
         if let Some(loss_scale) = state.loss_scale {
@@ -283,8 +296,14 @@ impl Checkpoints<'_> {
 enum Part {
     Weights,
     ExpAvg,
+    ExpAvgScales,
     ExpAvgSq,
+    ExpAvgSqScales,
 }
+
+const MOMENTS: [Part; 2] = [Part::ExpAvg, Part::ExpAvgSq];
+/// Of moments in eight bits.
+const SCALES: [Part; 2] = [Part::ExpAvgScales, Part::ExpAvgSqScales];
 
 impl Part {
     /// The name in `trainer.safetensors`.
@@ -292,7 +311,9 @@ impl Part {
         match self {
             Self::Weights => tensor.to_owned(),
             Self::ExpAvg => format!("{tensor}.exp_avg"),
+            Self::ExpAvgScales => format!("{tensor}.exp_avg.absmax"),
             Self::ExpAvgSq => format!("{tensor}.exp_avg_sq"),
+            Self::ExpAvgSqScales => format!("{tensor}.exp_avg_sq.absmax"),
         }
     }
 }

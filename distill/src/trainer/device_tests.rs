@@ -17,7 +17,7 @@ use crate::data::Sample;
 use crate::device::{Place, Precision};
 use crate::model::ops::forced;
 use crate::model::{Keep, Mode, Model};
-use crate::optimizer::{AdamWOptions, Schedule};
+use crate::optimizer::{AdamWOptions, Optim, Schedule};
 use crate::random::{Random, mix};
 use crate::rollout::{Stop, greedy};
 
@@ -30,6 +30,7 @@ const MODELS: [&str; 6] = [
     "tiny-gemma3",
 ];
 const LEARNER: LearnerOptions = LearnerOptions {
+    optim: Optim::AdamwTorch,
     adamw: AdamWOptions {
         beta1: 0.9,
         beta2: 0.99,

@@ -11,11 +11,15 @@ use super::loss_scale::LossScale;
 use crate::batch::Batch;
 use crate::device::Precision;
 use crate::model::{Mode, Model};
-use crate::optimizer::{AdamW, AdamWOptions, add_to, clip_factor, global_norm, square_sum};
+use crate::optimizer::{
+    AdamW, AdamWOptions, Optim, add_to, clip_factor, global_norm, square_sum, takes_eight_bits,
+};
 
 /// How the weights move, spelled as transformers' `TrainingArguments` spells it.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct LearnerOptions {
+    /// How AdamW keeps its moments.
+    pub optim: Optim,
     /// The constants of AdamW.
     pub adamw: AdamWOptions,
     /// Longer gradients are shortened to this norm; 0 does not.
@@ -61,6 +65,14 @@ impl<'a> Learner<'a> {
                     .filter_map(move |p| Some((p.var()?.id(), i)))
             })
             .collect();
+        let mut optimizer = AdamW::new(trained.iter().map(|(_, var)| (*var).clone()), options.adamw);
+        if options.optim == Optim::Adamw8bit {
+            for (i, (name, var)) in trained.iter().enumerate() {
+                if takes_eight_bits(name, var.elem_count()) {
+                    optimizer.keep_in_eight_bits(i);
+                }
+            }
+        }
         Self {
             blocks: trained
                 .iter()
@@ -68,7 +80,7 @@ impl<'a> Learner<'a> {
                 .collect(),
             model,
             options,
-            optimizer: AdamW::new(trained.iter().map(|(_, var)| (*var).clone()), options.adamw),
+            optimizer,
             loss_scale: (model.place().precision == Precision::Fp16).then(LossScale::default),
             gradients: vec![None; trained.len()],
             moved: None,

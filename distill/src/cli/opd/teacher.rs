@@ -43,6 +43,7 @@ pub(super) fn open<'a>(
         longest: prepared.longest(options),
     };
     let cached = !own.teacher_cache.as_os_str().is_empty();
+    let given = Some(own.draft_cost).filter(|cost| *cost > 0.0);
     if own.teacher == BASE && own.through.is_empty() {
         if cached {
             let usage =
@@ -53,7 +54,7 @@ pub(super) fn open<'a>(
         return Ok(Opened {
             teacher: Box::new(teacher),
             bytes: 0,
-            draft_cost: opener.cost(prepared.student.model.parameters()),
+            draft_cost: given.or(opener.cost(prepared.student.model.parameters())),
         });
     }
     let mut opened = if own.teachers.0.is_empty() {
@@ -74,7 +75,6 @@ pub(super) fn open<'a>(
     if cached {
         opened.teacher = opener.cached(opened.teacher)?;
     }
-    let given = Some(own.draft_cost).filter(|cost| *cost > 0.0);
     Ok(Opened {
         bytes: opened.bytes,
         draft_cost: given.or(opened.parameters.and_then(|parameters| opener.cost(parameters))),
@@ -187,12 +187,8 @@ impl Opener<'_> {
     fn cached(&self, teacher: Box<dyn Teacher>) -> anyhow::Result<Box<dyn Teacher>> {
         let own = &self.settings.distillation;
         let encoder = &self.prepared.student.encoder;
-        let adapter = own.teacher_adapter.display();
         let binding = Binding {
-            teacher: match own.teacher_adapter.as_os_str().is_empty() {
-                true => teacher.name(),
-                false => format!("{} with {adapter}", teacher.name()),
-            },
+            teacher: teacher.name(),
             tokenizer_sha256: encoder.tokenizer_sha256()?,
             template_sha256: encoder.template_sha256(),
             vocab_size: self.prepared.student.model.config().vocab_size,
