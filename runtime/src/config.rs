@@ -30,7 +30,7 @@ pub use layers::{Layers, Setting};
 pub use origin::Origin;
 pub use sections::{
     AdminSection, BrokerSection, ContentSection, InstallSection, JournalSection, MetricsSection,
-    ModelSection, PrefixSection, ReplySection, SamplingSection,
+    ModelSection, PoolSection, PrefixSection, ReplySection, SamplingSection,
 };
 pub use sources::Sources;
 
@@ -60,6 +60,8 @@ pub struct Config {
     pub install: InstallSection,
     /// Who may change the device.
     pub admin: AdminSection,
+    /// The fleet.
+    pub pool: PoolSection,
     /// LoRA adapters (GGUF files) by the name that a request calls them.
     pub adapters: BTreeMap<String, PathBuf>,
     /// Files of tasks by the name that is their topic.
@@ -91,6 +93,7 @@ impl Default for Config {
             model: ModelSection::default(),
             install: InstallSection::default(),
             admin: AdminSection::default(),
+            pool: PoolSection::default(),
             adapters: BTreeMap::new(),
             tasks: BTreeMap::new(),
             prefix: PrefixSection::default(),

@@ -12,12 +12,12 @@ use crate::journal::table::Table;
 use crate::journal::writer::Writer;
 use crate::journal::{Journal, JournalError};
 use crate::model::{self, ModelError};
-use crate::mqtt::{self, Link, LinkError, Tls};
+use crate::mqtt::{self, Door, Link, LinkError, Tls};
 use crate::plan::PlanError;
 use crate::store::place::{GivenUp, MOST_STARTS};
 use crate::store::{Served, Store, StoreError};
 use crate::task;
-use crate::wire::Topics;
+use crate::wire::{PoolTopics, Topics};
 use crate::worker::{self, Worker};
 
 pub mod installer;
@@ -26,6 +26,12 @@ pub mod service;
 use installer::Installer;
 use service::Service;
 use service::models::Models;
+use service::pool::Pool;
+
+/// Messages for the device that may be unacknowledged: the broker holds back the rest.
+const RECEIVE_MAXIMUM: u16 = 32;
+/// Events of the pool's connections on their way.
+const POOL_EVENTS: usize = 8;
 
 /// Why the daemon cannot run.
 #[derive(Debug, thiserror::Error)]
@@ -113,7 +119,12 @@ pub async fn serve(
     }
     let options = link_options(&config)?;
     let broker_name = format!("{}:{}", options.host, options.port);
-    let (link, mut link_events) = Link::start(options)?;
+    let (link, mut link_events) = Link::start(options.clone())?;
+    let (pool_sender, mut pool_events) = tokio::sync::mpsc::channel(POOL_EVENTS);
+    let pool = match &config.pool.name {
+        Some(name) => Some(Pool::join(&config, name, options, pool_sender)?),
+        None => None,
+    };
     let (writer, mut commits) = Writer::start(journal)?;
     let program = std::env::current_exe()?;
     let worker_options = worker::Options {
@@ -150,6 +161,7 @@ pub async fn serve(
         worker,
         (models, adapters, tasks),
     );
+    service.join(pool);
     service.replay();
     systemd.ready();
     let mut tick = tokio::time::interval(Duration::from_millis(250));
@@ -172,6 +184,7 @@ pub async fn serve(
                 Some(event) => service.worker(event),
                 None => return Err(std::io::Error::other("the worker's supervisor ended").into()),
             },
+            Some((door, event)) = pool_events.recv() => service.pool(door, event),
             result = &mut hashing, if !hashed => {
                 hashed = true;
                 match result.map_err(std::io::Error::other).and_then(|result| result) {
@@ -196,6 +209,7 @@ pub async fn serve(
                 service.drain();
             }
         }
+        service.fill_from_pool();
         if let Some(since) = draining
             && (service.is_idle() || since.elapsed() > grace)
         {
@@ -247,7 +261,7 @@ fn link_options(config: &Config) -> Result<mqtt::Options, DaemonError> {
     let topics = Topics::new(&config.root, &config.device);
     let will = health::status(&config.device, State::Offline, Some("the connection was lost"));
     let mut options = broker_options(config)?;
-    options.client_id = format!("{}-{}", config.root.replace('/', "-"), config.device);
+    options.client_id = client_id(&config.root, &config.device);
     options.session_expiry_s = config.broker.session_expiry_s;
     options.most_packet_bytes = u32::try_from(most_packet_bytes(config)).unwrap_or(u32::MAX);
     options.subscribe = vec![topics.request(), topics.cancel()];
@@ -257,8 +271,18 @@ fn link_options(config: &Config) -> Result<mqtt::Options, DaemonError> {
     if config.admin.over_mqtt {
         options.subscribe.push(topics.commands());
     }
+    if let Some(pool) = &config.pool.name {
+        let pool = PoolTopics::new(&config.root, pool, &config.device);
+        options.subscribe.extend(pool.own());
+        options.subscribe_retained.extend(pool.retained());
+    }
     options.will = Some((topics.status(), will));
     Ok(options)
+}
+
+/// The client id of a device at its broker.
+fn client_id(root: &str, device: &str) -> String {
+    format!("{}-{device}", root.replace('/', "-"))
 }
 
 /// The part of the link's options that a client has, too.
@@ -288,6 +312,7 @@ pub fn broker_options(config: &Config) -> Result<mqtt::Options, ConfigError> {
         (None, _) => None,
     };
     Ok(mqtt::Options {
+        door: Door::Own,
         host,
         port,
         tls,
@@ -296,7 +321,10 @@ pub fn broker_options(config: &Config) -> Result<mqtt::Options, ConfigError> {
         session_expiry_s: 0,
         keep_alive_s: config.broker.keep_alive_s,
         most_packet_bytes: 4 * 1024 * 1024,
+        receive_maximum: RECEIVE_MAXIMUM,
         subscribe: Vec::new(),
+        subscribe_retained: Vec::new(),
+        unsubscribe: Vec::new(),
         will: None,
     })
 }

@@ -51,6 +51,7 @@ pub fn card(config: &Config, author: &Author) -> Vec<u8> {
         adapters: model.adapters.clone(),
         limits: config.limits.clone(),
         reply_prefixes: config.reply.prefixes.clone(),
+        pool: config.pool.name.clone(),
         board: board(),
     })
 }

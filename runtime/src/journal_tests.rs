@@ -25,6 +25,7 @@ fn request(id: &str) -> Request {
         stream: true,
         deadline_ms: Some(9),
         priority: 1,
+        from_pool: false,
     }
 }
 

@@ -16,6 +16,7 @@ pub mod daemon;
 pub mod doctor;
 pub mod engine;
 pub mod fault;
+pub mod fleet;
 pub mod health;
 pub mod journal;
 pub mod kernels;

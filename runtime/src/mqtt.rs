@@ -21,27 +21,23 @@ use std::time::Duration;
 
 use rumqttc::mqttbytes::QoS;
 use rumqttc::mqttbytes::v5::{
-    ConnectReturnCode, LastWill, LastWillProperties, Packet, PubAckReason, Publish, PublishProperties,
-    RetainForwardRule, SubscribeFilter, SubscribeReasonCode,
+    ConnectReturnCode, Packet, PubAckReason, Publish, PublishProperties, RetainForwardRule, SubscribeFilter,
+    SubscribeReasonCode,
 };
 use rumqttc::{
-    AckMode, AsyncClient, EventLoop, MqttOptions, PublishNotice, PublishNoticeError, PublishOptions,
-    PublishResult, Transport,
+    AsyncClient, EventLoop, PublishNotice, PublishNoticeError, PublishOptions, PublishResult, Transport,
 };
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
 use crate::{clock, fault};
 
+mod connect;
 pub mod message;
 mod session;
 
-use session::EmptySession;
+pub use message::{Ack, Delivery, Door, Event, Incoming, LinkError, Options, Outgoing, Tls};
 
-pub use message::{Ack, Delivery, Event, Incoming, LinkError, Options, Outgoing, Tls};
-
-/// Requests that may be unacknowledged: the broker holds back the rest.
-const RECEIVE_MAXIMUM: u16 = 32;
 /// Room of the client's own channel, and of ours.
 const CHANNEL: usize = 256;
 /// Room for what comes from the broker: few, because each may be as large as a packet may be.
@@ -55,6 +51,7 @@ const STABLE: Duration = Duration::from_secs(3);
 enum Command {
     Publish(Outgoing),
     Ack(Ack),
+    Unsubscribe,
     Close,
 }
 
@@ -70,7 +67,7 @@ impl Link {
     /// # Errors
     /// Only what cannot become better by trying again.
     pub fn start(options: Options) -> Result<(Self, mpsc::Receiver<Event>), LinkError> {
-        let transport = transport(&options)?;
+        let transport = connect::transport(&options)?;
         let (commands, inbox) = mpsc::channel(CHANNEL);
         let (events, outbox) = mpsc::channel(ARRIVALS);
         let task = Task {
@@ -104,29 +101,16 @@ impl Link {
         self.commands.try_send(Command::Ack(ack)).is_ok()
     }
 
+    /// Ends all subscriptions, in this connection and those to come; what the broker has queued already still comes.
+    /// False when there is no room.
+    pub fn unsubscribe(&self) -> bool {
+        self.commands.try_send(Command::Unsubscribe).is_ok()
+    }
+
     /// Ends the link with a DISCONNECT; the will is not published.
     pub async fn close(&self) {
         let _ = self.commands.send(Command::Close).await;
         let _ = tokio::time::timeout(Duration::from_secs(2), self.commands.closed()).await;
-    }
-}
-
-fn transport(options: &Options) -> Result<Transport, LinkError> {
-    match &options.tls {
-        None => Ok(Transport::tcp()),
-        Some(Tls { ca: None, .. }) => {
-            Transport::try_tls_with_default_config().map_err(|error| LinkError::Tls(error.to_string()))
-        }
-        Some(Tls {
-            ca: Some(path),
-            client,
-        }) => {
-            let ca = std::fs::read(path).map_err(|source| LinkError::Ca {
-                path: path.clone(),
-                source,
-            })?;
-            Ok(Transport::tls(ca, client.clone(), None))
-        }
     }
 }
 
@@ -205,6 +189,7 @@ impl Task {
                 command = inbox.recv() => match command {
                     Some(Command::Publish(message)) => self.keep(message),
                     Some(Command::Ack(_)) => {}
+                    Some(Command::Unsubscribe) => self.options.unsubscribe_all(),
                     Some(Command::Close) | None => return false,
                 },
             }
@@ -218,13 +203,14 @@ impl Task {
     }
 
     async fn session(&mut self, inbox: &mut mpsc::Receiver<Command>) -> End {
-        let (client, event_loop) = match AsyncClient::builder(self.mqtt_options())
-            .capacity(CHANNEL)
-            .try_build()
-        {
-            Ok(built) => built,
-            Err(error) => return End::Lost(error.to_string()),
-        };
+        let (client, event_loop) =
+            match AsyncClient::builder(connect::mqtt_options(&self.options, self.transport.clone()))
+                .capacity(CHANNEL)
+                .try_build()
+            {
+                Ok(built) => built,
+                Err(error) => return End::Lost(error.to_string()),
+            };
         let (events, polled) = mpsc::channel(ARRIVALS);
         // A quiet link answers a ping in each keep-alive interval.
         let patience =
@@ -282,6 +268,12 @@ impl Task {
                             entry.2 = true;
                         }
                     }
+                    Some(Command::Unsubscribe) => {
+                        self.options.unsubscribe_all();
+                        if session.ready && let Err(end) = self.unsubscribe(session).await {
+                            return end;
+                        }
+                    }
                     Some(Command::Close) => return self.disconnect(session).await,
                     None => return End::Closed,
                 },
@@ -304,40 +296,10 @@ impl Task {
                 if connack.code != ConnectReturnCode::Success {
                     return Err(End::Lost(format!("the broker refuses: {:?}", connack.code)));
                 }
-                // Always: the broker may have forgotten us, or hold the filters of an older configuration.
-                let filters: Vec<SubscribeFilter> = self
-                    .options
-                    .subscribe
-                    .iter()
-                    .map(|filter| SubscribeFilter {
-                        path: filter.clone(),
-                        qos: QoS::AtLeastOnce,
-                        nolocal: false,
-                        preserve_retain: false,
-                        retain_forward_rule: RetainForwardRule::Never,
-                    })
-                    .collect();
-                let notice = session
-                    .client
-                    .subscribe_many_tracked(filters)
-                    .await
-                    .map_err(|error| End::Lost(error.to_string()))?;
-                session.notices.spawn(async move {
-                    let result = match notice.wait_async().await {
-                        Ok(suback) => suback
-                            .return_codes
-                            .iter()
-                            .find(|code| !matches!(code, SubscribeReasonCode::Success(_)))
-                            .map_or(Ok(()), |code| {
-                                Err(format!("the broker refuses a subscription: {code:?}"))
-                            }),
-                        Err(error) => Err(error.to_string()),
-                    };
-                    Notice::Subscribed(result)
-                });
+                self.subscribe(session).await?;
             }
             rumqttc::Event::Incoming(Packet::Publish(publish)) => {
-                let incoming = session.receive(&publish, self.epoch);
+                let incoming = session.receive(&publish, self.options.door, self.epoch);
                 self.event(Event::Message(Box::new(incoming))).await?;
             }
             rumqttc::Event::Incoming(Packet::Disconnect(disconnect)) => {
@@ -356,6 +318,61 @@ impl Task {
             _ => {}
         }
         Ok(())
+    }
+
+    /// Always, with each connection: the broker may have forgotten us, or hold the filters of an older configuration.
+    async fn subscribe(&mut self, session: &mut Session) -> Result<(), End> {
+        if !self.options.unsubscribe.is_empty() {
+            self.unsubscribe(session).await?;
+        }
+        let filter = |path: &String, rule| SubscribeFilter {
+            path: path.clone(),
+            qos: QoS::AtLeastOnce,
+            nolocal: false,
+            preserve_retain: false,
+            retain_forward_rule: rule,
+        };
+        let (plain, retained) = (&self.options.subscribe, &self.options.subscribe_retained);
+        let filters: Vec<SubscribeFilter> = plain
+            .iter()
+            .map(|path| filter(path, RetainForwardRule::Never))
+            .chain(
+                retained
+                    .iter()
+                    .map(|path| filter(path, RetainForwardRule::OnEverySubscribe)),
+            )
+            .collect();
+        if filters.is_empty() {
+            return self.noticed(session, Notice::Subscribed(Ok(()))).await;
+        }
+        let notice = session
+            .client
+            .subscribe_many_tracked(filters)
+            .await
+            .map_err(|error| End::Lost(error.to_string()))?;
+        session.notices.spawn(async move {
+            let result = match notice.wait_async().await {
+                Ok(suback) => suback
+                    .return_codes
+                    .iter()
+                    .find(|code| !matches!(code, SubscribeReasonCode::Success(_)))
+                    .map_or(Ok(()), |code| {
+                        Err(format!("the broker refuses a subscription: {code:?}"))
+                    }),
+                Err(error) => Err(error.to_string()),
+            };
+            Notice::Subscribed(result)
+        });
+        Ok(())
+    }
+
+    async fn unsubscribe(&self, session: &Session) -> Result<(), End> {
+        let filters = self.options.unsubscribe.clone();
+        session
+            .client
+            .unsubscribe_many(filters)
+            .await
+            .map_err(|error| End::Lost(error.to_string()))
     }
 
     async fn noticed(&mut self, session: &mut Session, notice: Notice) -> Result<(), End> {
@@ -421,6 +438,7 @@ impl Task {
         };
         let properties = PublishProperties {
             payload_format_indicator: Some(1),
+            message_expiry_interval: message.expiry_s,
             correlation_data: message.correlation.map(Into::into),
             response_topic: message.response_topic,
             content_type: message.content_type.map(ToOwned::to_owned),
@@ -463,59 +481,15 @@ impl Task {
         let _ = tokio::time::timeout(Duration::from_millis(1500), done).await;
         End::Closed
     }
-
-    fn mqtt_options(&self) -> MqttOptions {
-        let options = &self.options;
-        let mut mqtt = MqttOptions::new(&options.client_id, (options.host.as_str(), options.port));
-        mqtt.set_transport(self.transport.clone())
-            .set_keep_alive(options.keep_alive_s)
-            .set_ack_mode(AckMode::Manual)
-            .set_receive_maximum(Some(RECEIVE_MAXIMUM))
-            .set_max_packet_size(Some(options.most_packet_bytes))
-            .set_outgoing_inflight_upper_limit(32)
-            .set_clean_start(options.session_expiry_s == 0)
-            .set_session_expiry_interval(Some(options.session_expiry_s));
-        let mut network = mqtt.network_options();
-        network.set_tcp_nodelay(true);
-        mqtt.set_network_options(network);
-        if options.session_expiry_s > 0 {
-            mqtt.set_session_store(EmptySession {
-                expiry_s: options.session_expiry_s,
-            });
-        }
-        if let Some((user, password)) = &options.login {
-            mqtt.set_credentials(user.clone(), password.clone());
-        }
-        if let Some((topic, payload)) = &options.will {
-            // A short absence is not announced.
-            let properties = LastWillProperties {
-                delay_interval: Some(5),
-                payload_format_indicator: Some(1),
-                message_expiry_interval: None,
-                content_type: Some("application/json".to_owned()),
-                response_topic: None,
-                correlation_data: None,
-                user_properties: Vec::new(),
-            };
-            let payload = payload.clone();
-            mqtt.set_last_will(LastWill::new(
-                topic,
-                payload,
-                QoS::AtLeastOnce,
-                true,
-                Some(properties),
-            ));
-        }
-        mqtt
-    }
 }
 
 impl Session {
-    fn receive(&mut self, publish: &Publish, epoch: u64) -> Incoming {
+    fn receive(&mut self, publish: &Publish, door: Door, epoch: u64) -> Incoming {
         let properties = publish.properties.clone().unwrap_or_default();
         let ack = (publish.qos != QoS::AtMostOnce).then(|| {
             self.received += 1;
             Ack {
+                door,
                 epoch,
                 number: self.received,
             }

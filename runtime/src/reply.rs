@@ -233,6 +233,7 @@ mod tests {
             stream,
             deadline_ms: None,
             priority: 0,
+            from_pool: false,
         }
     }
 

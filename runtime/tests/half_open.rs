@@ -77,14 +77,11 @@ async fn the_watchdog_strikes_when_outgoing_data_waits_and_nothing_is_lost() {
     let (link, mut events) = Link::start(Options {
         host: "127.0.0.1".to_owned(),
         port: broker.port,
-        tls: None,
-        login: None,
         client_id: "half-open".to_owned(),
-        session_expiry_s: 0,
         keep_alive_s: KEEP_ALIVE_S,
         most_packet_bytes: 4 * 1024 * 1024,
         subscribe: vec!["x".to_owned()],
-        will: None,
+        ..Options::default()
     })
     .unwrap();
     assert!(matches!(events.recv().await, Some(Event::Connected { epoch: 1 })));

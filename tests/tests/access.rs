@@ -12,7 +12,8 @@ use pipit_tests::model::Tiny;
 use pipit_tests::process::{self, Finished, Running};
 use pipit_tests::program;
 
-const CONFIG: &str = "[model]\nthreads = 1\nn_ctx = 256\n[admin]\nover_mqtt = true\n";
+const CONFIG: &str =
+    "[model]\nthreads = 1\nn_ctx = 256\n[admin]\nover_mqtt = true\n[pool]\nname = \"house\"\n";
 const SHORT: Duration = Duration::from_secs(20);
 
 fn examples(file: &str) -> PathBuf {
@@ -124,6 +125,18 @@ fn who_has_no_right_gets_nothing() -> Result<()> {
     ensure!(
         answer.code == Some(0) && answer.stdout.contains("\"models\":[]"),
         "{answer:?}"
+    );
+
+    let house = "pipit/v1/pool/house/req";
+    let answer = ask(&broker, "app", house, "reply/app/pool", "Hello", "120")?;
+    ensure!(
+        answer.code == Some(0) && !answer.stdout.trim().is_empty(),
+        "{answer:?}"
+    );
+    let refused = ask(&broker, "other", house, "reply/other/pool", "Hello", "2")?;
+    ensure!(
+        refused.code != Some(0) && refused.stdout.is_empty(),
+        "{refused:?}"
     );
 
     // Nobody comes in without a name, or with somebody else's.

@@ -12,7 +12,8 @@ use pipit::config::Config;
 use pipit::daemon::broker_options;
 use pipit::mqtt::{Delivery, Event, Incoming, Link, Outgoing};
 use pipit::wire::answer::Received;
-use pipit::wire::{Cancel, Completion, Topics};
+use pipit::wire::topics::valid_id;
+use pipit::wire::{Cancel, Completion, PoolTopics, Topics};
 
 use super::{BrokerArgs, code};
 use request::{RequestArgs, duration};
@@ -28,6 +29,7 @@ Examples:
   pipit ask 'Tell me about wagtails' --stream --max-tokens 200 --temperature 0.7
   pipit ask 'Zet het licht aan' --broker mqtt://broker.local --device kitchen --json | jq .usage
   pipit ask 'Licht aan' --adapter smart-home --schema intent.schema.json
+  pipit ask 'Turn on the kitchen light' --broker mqtt://broker.local --pool house
   echo 'A long prompt' | pipit ask -";
 
 #[derive(Debug, clap::Args)]
@@ -37,6 +39,9 @@ pub(super) struct Args {
     prompt: String,
     #[command(flatten)]
     broker: BrokerArgs,
+    /// Ask whoever is free in this pool, in place of one device
+    #[arg(long, value_name = "NAME", conflicts_with = "device")]
+    pool: Option<String>,
     /// Print the answer as it comes
     #[arg(long)]
     stream: bool,
@@ -66,7 +71,8 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
             Ok(None) => {
                 eprintln!(
                     "error: no answer from {} within {:?}; hint: is the device online? A longer --timeout waits longer",
-                    config.device, args.timeout
+                    args.pool.as_ref().unwrap_or(&config.device),
+                    args.timeout
                 );
                 Ok(ExitCode::from(code::TIMED_OUT))
             }
@@ -87,10 +93,18 @@ async fn ask(args: &Args, config: &Config) -> anyhow::Result<Option<ExitCode>> {
         .id
         .clone()
         .unwrap_or_else(|| uuid::Uuid::now_v7().to_string());
-    if !pipit::wire::topics::valid_id(&id) {
+    if !valid_id(&id) {
         bail!("`{id}` is no id; hint: 1 to 64 of A-Z a-z 0-9 _ . -");
     }
-    let topics = Topics::new(&config.root, &config.device);
+    let topics = match &args.pool {
+        None => Topics::new(&config.root, &config.device),
+        Some(pool) if !valid_id(pool) => {
+            bail!("`{pool}` is no name of a pool; hint: 1 to 64 of A-Z a-z 0-9 _ . -")
+        }
+        Some(pool) => PoolTopics::new(&config.root, pool, &config.device)
+            .shared()
+            .clone(),
+    };
     let body = serde_json::to_vec(&args.request.body(&id, &prompt, args.stream))?;
     let mut options = broker_options(config)?;
     let broker = format!("{}:{}", options.host, options.port);

@@ -43,6 +43,20 @@ impl Config {
                 ),
             );
         }
+        if self.device == "pool" {
+            wrong(
+                "device",
+                "`pool` is a level of its own in the topics; hint: another name".to_owned(),
+            );
+        }
+        if let Some(pool) = &self.pool.name
+            && !valid_id(pool)
+        {
+            wrong(
+                "pool.name",
+                format!("`{pool}` is no name of a pool; hint: 1 to 64 of A-Z a-z 0-9 _ . -"),
+            );
+        }
         let root = &self.root;
         if root.is_empty()
             || root.len() > 128
@@ -145,6 +159,12 @@ impl Config {
                 ConfigError::value(key, format!("{value} is too small; hint: at least {least}"))
             })
             .collect();
+        if !(1..=1024).contains(&self.pool.hold) {
+            found.push(ConfigError::value(
+                "pool.hold",
+                format!("{} cannot be; hint: 1 to 1024", self.pool.hold),
+            ));
+        }
         if self.broker.keep_alive_s > 3600 {
             found.push(ConfigError::value(
                 "broker.keep_alive_s",
@@ -291,6 +311,9 @@ mod tests {
             bytes = 0
             [install]
             trusted_keys = ["RWQ"]
+            [pool]
+            name = "a/b"
+            hold = 0
         "#;
         let config: Config = toml::from_str(text).unwrap();
         let problems = config.problems();

@@ -114,6 +114,22 @@ pub struct AdminSection {
     pub over_mqtt: bool,
 }
 
+/// `[pool]`: devices that share one request topic.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct PoolSection {
+    /// Its name, `[A-Za-z0-9_.-]{1,64}`; none is no pool.
+    pub name: Option<String>,
+    /// Requests that this device holds, without taking them, for whoever is free first, 1 to 1024.
+    pub hold: u16,
+}
+
+impl Default for PoolSection {
+    fn default() -> Self {
+        Self { name: None, hold: 8 }
+    }
+}
+
 /// `[prefix]`: beginnings of prompts, kept as KV so that the next request which begins so need not compute them.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]

@@ -21,7 +21,7 @@ use crate::health::{self, Counters, State};
 use crate::journal::table::{Bounds, Stage, Table};
 use crate::journal::writer::{Committed, Writer};
 use crate::journal::{Key, Record, StoredAnswer};
-use crate::mqtt::{Ack, Event as LinkEvent, Link, Outgoing};
+use crate::mqtt::{Ack, Door, Event as LinkEvent, Link, Outgoing};
 use crate::queue::{Queue, Waiting};
 use crate::reply::{self, Author, Stream};
 use crate::task::Task;
@@ -35,10 +35,12 @@ mod commands;
 mod erase;
 mod intake;
 pub mod models;
+pub mod pool;
 mod presence;
 mod work;
 
 use models::Models;
+use pool::{Held, Pool};
 
 /// Requests that the worker has besides those under way, so that it goes on without a pause, and sees which of them
 /// begin alike.
@@ -93,6 +95,10 @@ struct Unpublished {
 /// What a PUBACK of the broker means.
 enum OnDelivery {
     Answer(Key),
+    /// A request of the pool that was given to another member.
+    Handed(Box<Held>),
+    /// The names of what was fetched from a member's session.
+    Listed,
     Nothing,
 }
 
@@ -126,8 +132,8 @@ pub struct Service {
     refusals: VecDeque<(Option<Ack>, StoredAnswer)>,
     /// Refusals that wait for their PUBACK.
     refusing: HashSet<u64>,
-    /// Entries that a redelivered message without an id was recognised as, in this epoch.
-    recognised: (u64, HashSet<Key>),
+    /// Entries that a redelivered message without an id was recognised as, by door, in this epoch.
+    recognised: HashMap<Door, (u64, HashSet<Key>)>,
     /// Acknowledgements that found no room in the link.
     acks: VecDeque<Ack>,
     last_number: u64,
@@ -156,6 +162,7 @@ pub struct Service {
     transcript: Transcript,
     tasks: BTreeMap<String, Task>,
     erasing: Option<erase::Erasing>,
+    pool: Option<Pool>,
 }
 
 impl std::fmt::Debug for Service {
@@ -183,6 +190,7 @@ impl Service {
             transcript: Transcript::of(models.state(), config.content.hours),
             state_folder: models.state().to_owned(),
             erasing: None,
+            pool: None,
             models,
             tasks,
             topics: Topics::new(&config.root, &config.device),
@@ -210,7 +218,7 @@ impl Service {
             unwritable: false,
             refusals: VecDeque::new(),
             refusing: HashSet::new(),
-            recognised: (0, HashSet::new()),
+            recognised: HashMap::new(),
             acks: VecDeque::new(),
             last_number: 0,
             journal_bytes,
@@ -252,7 +260,10 @@ impl Service {
                         since: now,
                         deadline,
                     };
-                    self.queue.push(waiting, request.priority);
+                    match &mut self.pool {
+                        Some(pool) if request.from_pool => pool.leave_in_doubt(waiting, request),
+                        _ => self.queue.push(waiting, request.priority),
+                    }
                 }
                 Stage::Done(answer) => {
                     self.unpublished.push_back(Unpublished {
@@ -280,7 +291,7 @@ impl Service {
                 tracing::info!("connected to the broker");
                 self.connected = true;
                 self.link_reason = None;
-                self.recognised = (epoch, HashSet::new());
+                self.recognised.insert(Door::Own, (epoch, HashSet::new()));
                 self.announced = None;
                 self.announce();
                 if self.loaded {
@@ -290,9 +301,9 @@ impl Service {
             }
             LinkEvent::Disconnected { reason } => {
                 self.connected = false;
-                // Their messages were not acknowledged: they come again.
-                self.refusals.clear();
-                self.unpublished.retain(|answer| answer.ack.is_none());
+                // They come again.
+                self.refusals.retain(|(ack, _)| ack.is_some());
+                self.forget_unacknowledged(Door::Own);
                 // Once for each reason: a broker may be away for days.
                 if self.link_reason.as_ref() != Some(&reason) {
                     tracing::warn!("no connection to the broker: {reason}; trying again");
@@ -438,6 +449,7 @@ impl Service {
         self.go_on_erasing();
         self.transcript.expire(unix_ms());
         self.look_after_models();
+        self.look_after_pool();
         self.sleep_when_idle();
         if self.thermal.look(Path::new("/"), Instant::now()) {
             tracing::warn!("heat: {:?}", self.thermal.step().unwrap_or_default());
@@ -468,9 +480,10 @@ impl Service {
         self.link.is_alive() && self.worker.is_alive() && heard
     }
 
-    /// Takes no more requests and begins no more work.
+    /// Takes no more requests and begins no more work, unless the pool is owed some.
     pub fn drain(&mut self) {
         self.draining = true;
+        self.leave_to_stop();
     }
 
     /// Whether nothing is under way.
@@ -478,6 +491,7 @@ impl Service {
         self.running.is_empty()
             && self.on_commit.is_empty()
             && (!self.connected || self.on_delivery.is_empty() && self.refusing.is_empty())
+            && self.is_done_with_pool()
     }
 
     /// Says goodbye and stops worker, journal and link. What is not finished stays in the journal.
@@ -489,9 +503,14 @@ impl Service {
             topics,
             config,
             connected,
+            pool,
             mut last_number,
             ..
         } = self;
+        if let Some(pool) = &pool {
+            last_number += 1;
+            Self::gone_from_pool(pool, &config.device, &link, last_number).await;
+        }
         if connected {
             last_number += 1;
             link.publish(Outgoing {
@@ -520,10 +539,28 @@ impl Service {
     fn ack(&mut self, ack: Option<Ack>) {
         self.acks.extend(ack);
         while let Some(&ack) = self.acks.front()
-            && self.link.ack(ack)
+            && self
+                .link_of(ack)
+                .is_none_or(|link| !link.is_alive() || link.ack(ack))
         {
             self.acks.pop_front();
         }
+    }
+
+    /// The connection by which a message came; `None` when it is gone.
+    fn link_of(&self, ack: Ack) -> Option<&Link> {
+        match (ack.door(), &self.pool) {
+            (Door::Own, _) => Some(&self.link),
+            (door, Some(pool)) => pool.link(door),
+            (_, None) => None,
+        }
+    }
+
+    /// A connection is lost: what came by it and was not acknowledged comes again.
+    fn forget_unacknowledged(&mut self, door: Door) {
+        let is_its = |ack: Option<Ack>| ack.is_some_and(|ack| ack.door() == door);
+        self.refusals.retain(|(ack, _)| !is_its(*ack));
+        self.unpublished.retain(|answer| !is_its(answer.ack));
     }
 
     fn record(&mut self, records: Vec<Record>, sync: bool) -> u64 {

@@ -2,9 +2,23 @@
 
 use std::path::PathBuf;
 
+/// Which of a daemon's connections.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Door {
+    /// That of its own topics.
+    #[default]
+    Own,
+    /// That of the pool which it belongs to.
+    Pool,
+    /// The session of a member that is gone.
+    Adopted,
+}
+
 /// Where the broker is and how to greet it.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Options {
+    /// Which connection this is.
+    pub door: Door,
     /// Host name or address.
     pub host: String,
     /// TCP port.
@@ -21,10 +35,23 @@ pub struct Options {
     pub keep_alive_s: u16,
     /// Largest MQTT packet that is taken.
     pub most_packet_bytes: u32,
+    /// Messages at QoS 1 that the broker may have sent and that are not acknowledged: it holds back the rest.
+    pub receive_maximum: u16,
     /// Topic filters to subscribe, at QoS 1.
     pub subscribe: Vec<String>,
+    /// Topic filters of which what is retained is wanted, too.
+    pub subscribe_retained: Vec<String>,
+    /// Topic filters that the broker's session may still have, and that are to end.
+    pub unsubscribe: Vec<String>,
     /// Published, retained, by the broker when this client is gone.
     pub will: Option<(String, Vec<u8>)>,
+}
+
+impl Options {
+    pub(super) fn unsubscribe_all(&mut self) {
+        self.unsubscribe.append(&mut self.subscribe);
+        self.unsubscribe.append(&mut self.subscribe_retained);
+    }
 }
 
 /// Whom to trust, and what to show.
@@ -71,6 +98,8 @@ pub struct Outgoing {
     pub response_topic: Option<String>,
     /// MQTT 5 Content Type.
     pub content_type: Option<&'static str>,
+    /// MQTT 5 Message Expiry Interval, seconds.
+    pub expiry_s: Option<u32>,
     /// MQTT 5 User Properties.
     pub properties: Vec<(String, String)>,
 }
@@ -101,12 +130,18 @@ pub struct Incoming {
 /// The right to acknowledge one message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Ack {
+    pub(super) door: Door,
     pub(super) epoch: u64,
     pub(super) number: u64,
 }
 
 impl Ack {
-    /// Of which connection, counted from 1.
+    /// By which door the message came.
+    pub fn door(self) -> Door {
+        self.door
+    }
+
+    /// By which connection of this door, counted from 1.
     pub fn epoch(self) -> u64 {
         self.epoch
     }

@@ -39,6 +39,14 @@ pub struct Erase {
     pub request: Option<String>,
 }
 
+/// `cmd/drain`: leave the pool, or come back.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Drain {
+    /// Take requests of the pool again.
+    pub join: bool,
+}
+
 /// What every command has besides its own fields.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Envelope {

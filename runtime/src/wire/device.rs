@@ -58,6 +58,9 @@ pub struct Card {
     pub limits: Limits,
     /// Topics under which an answer may go, besides the device's own `res/`.
     pub reply_prefixes: Vec<String>,
+    /// The pool that it belongs to.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub pool: Option<String>,
     /// The machine.
     pub board: Board,
 }

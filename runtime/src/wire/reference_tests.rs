@@ -31,7 +31,7 @@ fn received<T: JsonSchema>() -> Schema {
         .into_root_schema_for::<T>()
 }
 
-fn all() -> [(&'static str, Schema); 8] {
+fn all() -> [(&'static str, Schema); 9] {
     [
         ("request", sent::<Body>()),
         ("cancel", sent::<Cancel>()),
@@ -41,6 +41,7 @@ fn all() -> [(&'static str, Schema); 8] {
         ("status", received::<Status>()),
         ("card", received::<Card>()),
         ("metrics", received::<Metrics>()),
+        ("member", received::<pool::Member>()),
     ]
 }
 

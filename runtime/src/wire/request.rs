@@ -159,6 +159,9 @@ pub struct Request {
     pub deadline_ms: Option<u64>,
     /// Higher goes first; 0 by default, -100 to 100.
     pub priority: i32,
+    /// It was sent to the pool, and not to this device.
+    #[serde(default)]
+    pub from_pool: bool,
 }
 
 impl Request {
@@ -270,6 +273,7 @@ impl Draft {
                 stream: false,
                 deadline_ms: envelope.expiry_s.map(|seconds| u64::from(seconds) * 1000),
                 priority: 0,
+                from_pool: false,
             },
         }
     }

@@ -84,8 +84,11 @@ impl Service {
             self.publish_refusals();
             return;
         }
-        let Some(OnDelivery::Answer(key)) = self.on_delivery.remove(&token) else {
-            return;
+        let key = match self.on_delivery.remove(&token) {
+            Some(OnDelivery::Answer(key)) => key,
+            Some(OnDelivery::Handed(held)) => return self.handed(*held, delivery),
+            Some(OnDelivery::Listed) => return self.listed(),
+            Some(OnDelivery::Nothing) | None => return,
         };
         if let Delivery::Refused(reason) = delivery {
             tracing::warn!(id = key.1, "the broker refuses the answer on {}: {reason}", key.0);

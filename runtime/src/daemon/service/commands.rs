@@ -3,14 +3,14 @@
 //! In: messages on `cmd/…`, reports of the installer. Out: orders, which are on the disk before the message is
 //! acknowledged, and answers at QoS 1.
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::Service;
 use crate::daemon::installer::{Order, Outcome, Report};
 use crate::mqtt::{Incoming, Outgoing};
 use crate::reply;
 use crate::store::write_whole;
-use crate::wire::command::{self, CommandAnswer, Envelope, Erase, ModelAction};
+use crate::wire::command::{self, CommandAnswer, Drain, Envelope, Erase, ModelAction};
 use crate::wire::request::generated_id;
 use crate::wire::{ErrorCode, Reply};
 
@@ -54,15 +54,45 @@ impl Service {
                 }
                 Err((envelope, why)) => self.refuse_command(message, &envelope, &why),
             },
+            "drain" => match command::parse::<Drain>(&message.payload, &made) {
+                Ok((envelope, drain)) => match self.command_reply(message, &envelope) {
+                    Ok(reply) => self.drain_as_ordered(message, envelope, reply, drain),
+                    Err(why) => self.refuse_command(message, &envelope, &why),
+                },
+                Err((envelope, why)) => self.refuse_command(message, &envelope, &why),
+            },
             _ => {
                 let envelope = Envelope {
                     id: made,
                     reply_to: None,
                 };
-                let why = format!("there is no command `{verb}`; there are: model, erase");
+                let why = format!("there is no command `{verb}`; there are: model, drain, erase");
                 self.refuse_command(message, &envelope, &why);
             }
         }
+    }
+
+    /// Leaves the pool, which is answered when it is done, or joins it again.
+    fn drain_as_ordered(&mut self, message: &Incoming, envelope: Envelope, reply: Reply, drain: Drain) {
+        tracing::info!(id = envelope.id, "command: drain {drain:?}");
+        if self.pool.is_none() {
+            let why = "this device is in no pool; hint: [pool] name in its configuration";
+            return self.refuse_command(message, &envelope, why);
+        }
+        match (drain.join, self.has_left_pool()) {
+            (false, false) => return self.leave_as_ordered(envelope.id, reply, message.ack),
+            (false, true) if !self.is_out_of_pool() => {
+                return self.refuse_command(message, &envelope, "it is leaving the pool already");
+            }
+            (true, true) if !self.is_out_of_pool() => {
+                return self.refuse_command(message, &envelope, "it is leaving the pool; hint: later");
+            }
+            (true, true) => self.come_back(),
+            (true, false) | (false, true) => {}
+        }
+        let result = json!({"in_pool": drain.join});
+        self.say(reply, Self::command_body(&envelope.id, "drain", result));
+        self.ack(message.ack);
     }
 
     /// Where the answer to a command goes: the same rule as for a request.

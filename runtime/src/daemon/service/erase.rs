@@ -68,6 +68,11 @@ impl Service {
         for (key, _) in &keys {
             self.forget(key);
         }
+        let held = self.erase_held(|key| {
+            is_wanted(&topics.client(&key.0, &prefixes), &key.1) || wanted.client.as_ref() == Some(&key.0)
+        });
+        report.entries += held;
+        report.unanswered += held;
         match self.transcript.erase(|line| is_wanted(&line.client, &line.id)) {
             Ok(lines) => report.content_lines = lines,
             Err(error) => report.problems.push(format!("transcripts: {error}")),

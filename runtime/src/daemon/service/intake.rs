@@ -18,6 +18,9 @@ use crate::wire::{Cancel, Envelope, ErrorCode, Rejection, Reply, Request, Rules,
 
 impl Service {
     pub(super) fn message(&mut self, message: &Incoming) {
+        if self.pool.as_ref().is_some_and(|pool| pool.has(&message.topic)) {
+            return self.pool_message(message);
+        }
         if self.draining {
             // Not acknowledged: the broker gives it to the next daemon.
             return;
@@ -103,7 +106,7 @@ impl Service {
         self.parsed(parsed, message);
     }
 
-    fn parsed(&mut self, parsed: Result<Request, Box<Rejection>>, message: &Incoming) {
+    pub(super) fn parsed(&mut self, parsed: Result<Request, Box<Rejection>>, message: &Incoming) {
         let mut request = match parsed {
             Ok(request) => Box::new(request),
             Err(rejection) => {
@@ -177,7 +180,7 @@ impl Service {
     }
 
     /// Why no request can be taken now.
-    fn cannot_take(&mut self, key: &Key) -> Option<(ErrorCode, String)> {
+    pub(super) fn cannot_take(&mut self, key: &Key) -> Option<(ErrorCode, String)> {
         if let Some(why) = &self.unloadable {
             return Some((ErrorCode::ModelUnavailable, why.clone()));
         }
@@ -218,11 +221,12 @@ impl Service {
     /// A message without an id that the broker sends again: the entry that it made the first time. Every entry is
     /// recognised once in a connection, so that two equal messages remain two.
     fn recognise(&mut self, ack: Option<Ack>, fingerprint: &str) -> Option<Key> {
-        let epoch = ack?.epoch();
-        if self.recognised.0 != epoch {
-            self.recognised = (epoch, HashSet::new());
+        let (door, epoch) = (ack?.door(), ack?.epoch());
+        let recognised = self.recognised.entry(door).or_default();
+        if recognised.0 != epoch {
+            *recognised = (epoch, HashSet::new());
         }
-        let known = &self.recognised.1;
+        let known = &recognised.1;
         let key = self.table.entries().find_map(|(key, entry)| {
             let same = match &entry.stage {
                 Stage::Accepted(request) => request.fingerprint.as_deref() == Some(fingerprint),
@@ -232,11 +236,11 @@ impl Service {
             };
             (same && !known.contains(key)).then(|| key.clone())
         })?;
-        self.recognised.1.insert(key.clone());
+        recognised.1.insert(key.clone());
         Some(key)
     }
 
-    fn cancel(&mut self, payload: &[u8]) {
+    pub(super) fn cancel(&mut self, payload: &[u8]) {
         let Some(Cancel { id }) = Cancel::parse(payload) else {
             tracing::debug!(
                 "a message on {} that is no cancel is ignored",

@@ -21,7 +21,7 @@ impl Service {
     pub(super) fn dispatch(&mut self) {
         if self.asleep
             && !self.queue.is_empty()
-            && !self.draining
+            && !self.begins_no_more()
             && !self.models.hold()
             && self.erasing.is_none()
         {
@@ -32,7 +32,7 @@ impl Service {
             return;
         }
         let most = self.config.model.slots as usize + AHEAD;
-        while self.loaded && self.hashed && !self.draining && self.running.len() < most {
+        while self.loaded && self.hashed && !self.begins_no_more() && self.running.len() < most {
             let waiting = match self.queue.pop(Instant::now()) {
                 None => return,
                 Some(Next::Expired(waiting)) => {
@@ -70,6 +70,11 @@ impl Service {
             };
             self.running.insert(job, running);
         }
+    }
+
+    /// The daemon ends, and no other member of the pool can do what it has taken from there.
+    fn begins_no_more(&self) -> bool {
+        self.draining && !self.owes_pool()
     }
 
     fn job(&self, request: &Request, deadline: Option<Instant>) -> Job {
