@@ -16,6 +16,7 @@ mod error;
 mod file;
 mod keys;
 mod layers;
+mod listen;
 mod origin;
 pub mod secret;
 mod sections;
@@ -27,10 +28,11 @@ pub use address::Address;
 pub use error::{ConfigError, Problems};
 pub use keys::Key;
 pub use layers::{Layers, Setting};
+pub use listen::Listen;
 pub use origin::Origin;
 pub use sections::{
-    AdminSection, BrokerSection, ContentSection, InstallSection, JournalSection, MetricsSection,
-    ModelSection, PrefixSection, ReplySection, SamplingSection,
+    AdminSection, BrokerSection, ContentSection, HomeAssistantSection, HttpSection, InstallSection,
+    JournalSection, MetricsSection, ModelSection, PrefixSection, ReplySection, SamplingSection,
 };
 pub use sources::Sources;
 
@@ -60,6 +62,10 @@ pub struct Config {
     pub install: InstallSection,
     /// Who may change the device.
     pub admin: AdminSection,
+    /// Where programs ask over HTTP.
+    pub http: HttpSection,
+    /// Whether Home Assistant finds the device.
+    pub home_assistant: HomeAssistantSection,
     /// LoRA adapters (GGUF files) by the name that a request calls them.
     pub adapters: BTreeMap<String, PathBuf>,
     /// Files of tasks by the name that is their topic.
@@ -91,6 +97,8 @@ impl Default for Config {
             model: ModelSection::default(),
             install: InstallSection::default(),
             admin: AdminSection::default(),
+            http: HttpSection::default(),
+            home_assistant: HomeAssistantSection::default(),
             adapters: BTreeMap::new(),
             tasks: BTreeMap::new(),
             prefix: PrefixSection::default(),
@@ -193,6 +201,7 @@ mod tests {
         // It says nothing that the configuration does not know, and its examples can be.
         let mut config: Config = table.try_into().unwrap();
         config.broker.url = BrokerSection::default().url;
+        config.http.listen = config.http.listen.filter(|_| cfg!(feature = "http"));
         assert!(config.problems().is_empty(), "{:?}", config.problems());
     }
 }

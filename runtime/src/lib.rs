@@ -17,6 +17,9 @@ pub mod doctor;
 pub mod engine;
 pub mod fault;
 pub mod health;
+pub mod home_assistant;
+#[cfg(feature = "http")]
+pub mod http;
 pub mod journal;
 pub mod kernels;
 pub mod model;
