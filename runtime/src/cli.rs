@@ -6,6 +6,8 @@ use std::process::ExitCode;
 use clap::{ArgAction, Args, Parser, Subcommand};
 use pipit::config::{Config, ConfigError, Layers, Problems, Setting, Sources};
 use pipit::daemon::DaemonError;
+#[cfg(feature = "http")]
+use pipit::http::HttpError;
 use pipit::mqtt::LinkError;
 use tracing_subscriber::EnvFilter;
 
@@ -172,6 +174,8 @@ fn code_of(error: &anyhow::Error) -> u8 {
         ) => code::CONFIG,
         #[cfg(feature = "embedded-broker")]
         Some(DaemonError::Broker(_)) => code::UNAVAILABLE,
+        #[cfg(feature = "http")]
+        Some(DaemonError::Http(HttpError::Config(_))) => code::CONFIG,
         _ => 1,
     }
 }

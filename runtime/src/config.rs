@@ -16,6 +16,7 @@ mod error;
 mod file;
 mod keys;
 mod layers;
+mod listen;
 mod origin;
 pub mod secret;
 mod sections;
@@ -27,10 +28,11 @@ pub use address::Address;
 pub use error::{ConfigError, Problems};
 pub use keys::Key;
 pub use layers::{Layers, Setting};
+pub use listen::Listen;
 pub use origin::Origin;
 pub use sections::{
-    AdminSection, BrokerSection, ContentSection, InstallSection, JournalSection, MetricsSection,
-    ModelSection, PoolSection, PrefixSection, ReplySection, SamplingSection,
+    AdminSection, BrokerSection, ContentSection, HomeAssistantSection, HttpSection, InstallSection,
+    JournalSection, MetricsSection, ModelSection, PoolSection, PrefixSection, ReplySection, SamplingSection,
 };
 pub use sources::Sources;
 
@@ -62,6 +64,10 @@ pub struct Config {
     pub admin: AdminSection,
     /// The fleet.
     pub pool: PoolSection,
+    /// Where programs ask over HTTP.
+    pub http: HttpSection,
+    /// Whether Home Assistant finds the device.
+    pub home_assistant: HomeAssistantSection,
     /// LoRA adapters (GGUF files) by the name that a request calls them.
     pub adapters: BTreeMap<String, PathBuf>,
     /// Files of tasks by the name that is their topic.
@@ -94,6 +100,8 @@ impl Default for Config {
             install: InstallSection::default(),
             admin: AdminSection::default(),
             pool: PoolSection::default(),
+            http: HttpSection::default(),
+            home_assistant: HomeAssistantSection::default(),
             adapters: BTreeMap::new(),
             tasks: BTreeMap::new(),
             prefix: PrefixSection::default(),
@@ -196,6 +204,7 @@ mod tests {
         // It says nothing that the configuration does not know, and its examples can be.
         let mut config: Config = table.try_into().unwrap();
         config.broker.url = BrokerSection::default().url;
+        config.http.listen = config.http.listen.filter(|_| cfg!(feature = "http"));
         assert!(config.problems().is_empty(), "{:?}", config.problems());
     }
 }

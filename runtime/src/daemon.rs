@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use crate::config::{Address, Config, ConfigError, secret};
 use crate::health::{self, State, Systemd};
+use crate::home_assistant;
 use crate::journal::table::Table;
 use crate::journal::writer::Writer;
 use crate::journal::{Journal, JournalError};
@@ -61,6 +62,10 @@ pub enum DaemonError {
     #[cfg(feature = "embedded-broker")]
     #[error(transparent)]
     Broker(#[from] crate::broker::BrokerError),
+    /// The HTTP door.
+    #[cfg(feature = "http")]
+    #[error(transparent)]
+    Http(#[from] crate::http::HttpError),
     /// The state folder.
     #[error("state folder {path}: {message}")]
     State {
@@ -119,6 +124,10 @@ pub async fn serve(
     }
     let options = link_options(&config)?;
     let broker_name = format!("{}:{}", options.host, options.port);
+    #[cfg(feature = "http")]
+    let (door, mut knocks) = crate::http::open(&config).await?;
+    #[cfg(not(feature = "http"))]
+    let (_, mut knocks) = tokio::sync::mpsc::channel(1);
     let (link, mut link_events) = Link::start(options.clone())?;
     let (pool_sender, mut pool_events) = tokio::sync::mpsc::channel(POOL_EVENTS);
     let pool = match &config.pool.name {
@@ -193,6 +202,7 @@ pub async fn serve(
                 }
             }
             Some(report) = reports.recv() => service.reported(report),
+            Some(knock) = knocks.recv() => service.door(knock),
             () = tokio::time::sleep_until(chunk_due.unwrap_or_else(tokio::time::Instant::now)),
                 if chunk_due.is_some() => service.chunks(),
             _ = tick.tick() => {
@@ -218,6 +228,12 @@ pub async fn serve(
     }
     drop(worker_events);
     service.stop(&mut link_events).await;
+    // Whoever still waits there has heard from the service now that nothing comes any more.
+    #[cfg(feature = "http")]
+    if let Some(door) = door {
+        drop(knocks);
+        door.close().await;
+    }
     #[cfg(feature = "embedded-broker")]
     if let Some(broker) = broker {
         broker.stop().await;
@@ -276,7 +292,10 @@ fn link_options(config: &Config) -> Result<mqtt::Options, DaemonError> {
         options.subscribe.extend(pool.own());
         options.subscribe_retained.extend(pool.retained());
     }
-    options.will = Some((topics.status(), will));
+    if config.home_assistant.discovery {
+        options.subscribe.push(home_assistant::birth(config));
+    }
+    options.will = Some((topics.status(), health::payload(&will)));
     Ok(options)
 }
 

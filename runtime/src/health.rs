@@ -17,26 +17,27 @@ use crate::wire::{Card, Metrics, Status};
 
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 
-/// Payload of the status topic.
-pub fn status(device: &str, state: State, reason: Option<&str>) -> Vec<u8> {
-    json(&Status {
+/// What the device is doing.
+pub fn status(device: &str, state: State, reason: Option<&str>) -> Status {
+    Status {
         state,
         device: device.to_owned(),
         version: VERSION.to_owned(),
         reason: reason.map(ToOwned::to_owned),
-    })
+    }
 }
 
-/// Payload of the card: what this device is and serves.
-pub fn card(config: &Config, author: &Author) -> Vec<u8> {
+/// What this device is and serves; `id` is the model's among the installed ones.
+pub fn card(config: &Config, author: &Author, id: Option<&str>) -> Card {
     let model = &author.model;
-    json(&Card {
+    Card {
         wire: 1,
         device: config.device.clone(),
         versions: Versions {
             pipit: VERSION.to_owned(),
         },
         model: ModelCard {
+            id: id.map(ToOwned::to_owned),
             name: model.name.clone(),
             architecture: model.architecture.clone(),
             quantisation: model.quantisation.clone(),
@@ -53,7 +54,7 @@ pub fn card(config: &Config, author: &Author) -> Vec<u8> {
         reply_prefixes: config.reply.prefixes.clone(),
         pool: config.pool.name.clone(),
         board: board(),
-    })
+    }
 }
 
 fn board() -> Board {
@@ -93,7 +94,7 @@ pub struct Counters {
     pub tokens_per_second: f64,
 }
 
-/// Payload of the metrics topic.
+/// Counters, and what is measured now.
 pub fn metrics(
     counters: &Counters,
     started: Instant,
@@ -102,9 +103,9 @@ pub fn metrics(
     journal_bytes: u64,
     worker: Option<u32>,
     thermal: Option<Step>,
-) -> Vec<u8> {
+) -> Metrics {
     let resident = |file: &str| proc_kib(file, "VmRSS:").map(|kib| kib * 1024);
-    json(&Metrics {
+    Metrics {
         uptime_s: started.elapsed().as_secs(),
         waiting: waiting as u64,
         running: running as u64,
@@ -123,10 +124,11 @@ pub fn metrics(
         temperature_c: thermal::hottest(Path::new("/")).map(|reading| reading.millidegrees as f64 / 1000.0),
         thermal,
         power_w: power(Path::new("/sys/class/hwmon")),
-    })
+    }
 }
 
-fn json(value: &impl serde::Serialize) -> Vec<u8> {
+/// The payload of a message that says one of them.
+pub fn payload(value: &impl serde::Serialize) -> Vec<u8> {
     // Structs of strings and numbers: this cannot fail.
     serde_json::to_vec(value).unwrap_or_default()
 }
@@ -225,15 +227,17 @@ mod tests {
 
     #[test]
     fn payloads_are_the_wires_types() {
-        let status: Status = serde_json::from_slice(&status("d", State::Degraded, Some("why"))).unwrap();
+        let said = payload(&status("d", State::Degraded, Some("why")));
+        let status: Status = serde_json::from_slice(&said).unwrap();
         assert_eq!(
             (status.state, status.reason.as_deref()),
             (State::Degraded, Some("why"))
         );
-        let card: Card = serde_json::from_slice(&card(&Config::default(), &Author::default())).unwrap();
+        let said = payload(&card(&Config::default(), &Author::default(), None));
+        let card: Card = serde_json::from_slice(&said).unwrap();
         assert_eq!((card.wire, card.limits.queue), (1, 1024));
         assert!(card.board.memory_bytes.unwrap() > 1 << 20);
-        let payload = metrics(
+        let said = payload(&metrics(
             &Counters::default(),
             Instant::now(),
             1,
@@ -241,8 +245,8 @@ mod tests {
             3,
             Some(std::process::id()),
             Some(Step::Slower),
-        );
-        let metrics: Metrics = serde_json::from_slice(&payload).unwrap();
+        ));
+        let metrics: Metrics = serde_json::from_slice(&said).unwrap();
         assert_eq!(
             (metrics.waiting, metrics.running, metrics.journal_bytes),
             (1, 2, 3)

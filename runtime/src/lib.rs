@@ -18,6 +18,9 @@ pub mod engine;
 pub mod fault;
 pub mod fleet;
 pub mod health;
+pub mod home_assistant;
+#[cfg(feature = "http")]
+pub mod http;
 pub mod journal;
 pub mod kernels;
 pub mod model;

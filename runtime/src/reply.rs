@@ -170,7 +170,7 @@ impl Stream {
     }
 
     /// The chunk, when it is time.
-    pub fn take(&mut self, author: &Author, now: Instant) -> Option<Outgoing> {
+    pub fn take(&mut self, author: &Author, now: Instant) -> Option<Chunk> {
         if self.due()? > now {
             return None;
         }
@@ -191,13 +191,18 @@ impl Stream {
             ai_generated: true,
         };
         self.seq += 1;
-        Some(Outgoing {
+        Some(chunk)
+    }
+
+    /// The message that carries a chunk.
+    pub fn message(&self, chunk: &Chunk) -> Outgoing {
+        Outgoing {
             topic: self.reply.topic.clone(),
-            payload: json(&chunk).into_bytes(),
+            payload: json(chunk).into_bytes(),
             correlation: self.reply.correlation.clone(),
             content_type: Some("application/json"),
             ..Outgoing::default()
-        })
+        }
     }
 }
 
@@ -318,9 +323,11 @@ mod tests {
         // 200 tokens in 2 seconds.
         for token in 0..200 {
             stream.push(&format!("{token},"));
-            sent.extend(stream.take(&author, start + Duration::from_millis(10) * token));
+            let chunk = stream.take(&author, start + Duration::from_millis(10) * token);
+            sent.extend(chunk.map(|chunk| stream.message(&chunk)));
         }
-        sent.extend(stream.take(&author, start + Duration::from_secs(9)));
+        let chunk = stream.take(&author, start + Duration::from_secs(9));
+        sent.extend(chunk.map(|chunk| stream.message(&chunk)));
         assert!((38..=42).contains(&sent.len()), "{}", sent.len());
         let mut text = String::new();
         for (at, message) in sent.iter().enumerate() {

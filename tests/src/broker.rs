@@ -210,9 +210,9 @@ impl Subscription {
     /// When none comes within `limit`.
     pub fn next(&self, limit: Duration) -> Result<Message> {
         let line = self.process.wait_for_line(limit, |line| line.starts_with(MARK))?;
-        let (topic, payload) = line[MARK.len()..]
-            .split_once('\t')
-            .context("a message without a topic")?;
+        let line = &line[MARK.len()..];
+        // Of an empty message the end of the line is cut off.
+        let (topic, payload) = line.split_once('\t').unwrap_or((line, ""));
         Ok(Message {
             topic: topic.to_owned(),
             payload: payload.to_owned(),

@@ -85,6 +85,11 @@ impl Device {
         Ok(())
     }
 
+    /// Changes its configuration file, for the next [`Device::launch`].
+    pub fn configure(&mut self, config: &str) {
+        config.clone_into(&mut self.options.config);
+    }
+
     /// Its configuration file, which [`Device::launch`] writes.
     pub fn config(&self) -> PathBuf {
         self.folder.path().join("config.toml")

@@ -42,6 +42,25 @@ impl Example {
         })
     }
 
+    /// The program for OpenAI's package, with what `tests/openai/requirements.txt` names.
+    ///
+    /// # Errors
+    /// When there is no such virtual environment. A test without it fails; it is not skipped.
+    pub fn openai() -> Result<Self> {
+        let interpreter = cache().join("clients/python-openai/bin/python");
+        wanted(&interpreter)?;
+        Ok(Self {
+            folder: source("python-openai"),
+            interpreter: Some(interpreter),
+            _copy: None,
+        })
+    }
+
+    /// What runs its programs; `env` where they run by themselves.
+    pub fn interpreter(&self) -> &Path {
+        self.interpreter.as_deref().unwrap_or(Path::new("env"))
+    }
+
     /// The programs for Node, in a copy beside the modules of their package-lock.json: Node looks nowhere else.
     ///
     /// # Errors
@@ -71,6 +90,16 @@ impl Example {
         command.args(&self.interpreter).arg(self.folder.join(program));
         command
     }
+}
+
+/// The program of a Node-RED with nothing added, as `tests/node-red/package-lock.json` names it.
+///
+/// # Errors
+/// When it is not there. A test without it fails; it is not skipped.
+pub fn node_red() -> Result<PathBuf> {
+    let program = cache().join("node-red/node_modules/node-red/red.js");
+    wanted(&program)?;
+    Ok(program)
 }
 
 /// A folder or file of examples/clients.

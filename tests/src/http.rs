@@ -1,11 +1,12 @@
-//! An HTTP server of the test's own: the files of a folder, with `Range`.
+//! HTTP of the tests' own: a server of the files of a folder, with `Range`, and one question to another server.
 
 use std::io::{BufRead as _, BufReader, Read as _, Seek as _, SeekFrom, Write as _};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 
 /// Serves a folder on 127.0.0.1 until the test's process ends.
 #[derive(Debug)]
@@ -86,4 +87,24 @@ fn answer(stream: TcpStream, folder: &Path, most: u64, log: &Mutex<Vec<String>>)
     file.seek(SeekFrom::Start(from))?;
     std::io::copy(&mut file.take(most), &mut stream)?;
     Ok(())
+}
+
+/// Sends a body to `HOST:PORT` and returns the response's status and body. HTTP/1.0: it ends with the connection.
+///
+/// # Errors
+/// When nobody listens there, or the response does not come within `limit`.
+pub fn post(host: &str, path: &str, kind: &str, body: &[u8], limit: Duration) -> Result<(u16, String)> {
+    let mut stream = TcpStream::connect(host)?;
+    stream.set_read_timeout(Some(limit))?;
+    let length = body.len();
+    write!(
+        stream,
+        "POST {path} HTTP/1.0\r\nHost: {host}\r\nContent-Type: {kind}\r\nContent-Length: {length}\r\n\r\n"
+    )?;
+    stream.write_all(body)?;
+    let mut response = String::new();
+    stream.read_to_string(&mut response)?;
+    let (head, body) = response.split_once("\r\n\r\n").context("no end of the headers")?;
+    let status = head.split(' ').nth(1).context("no status")?.parse()?;
+    Ok((status, body.to_owned()))
 }

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::path::Path;
 
 use super::keys::nearest_word;
-use super::{Address, Config, ConfigError, secret};
+use super::{Address, Config, ConfigError, Listen, secret};
 use crate::store::Keys;
 use crate::wire::topics::valid_id;
 
@@ -57,17 +57,20 @@ impl Config {
                 format!("`{pool}` is no name of a pool; hint: 1 to 64 of A-Z a-z 0-9 _ . -"),
             );
         }
-        let root = &self.root;
-        if root.is_empty()
-            || root.len() > 128
-            || root.starts_with(['/', '$'])
-            || root.ends_with('/')
-            || root.contains(['+', '#', '\0'])
-        {
-            wrong(
-                "root",
-                format!("`{root}` cannot begin a topic; hint: one like `pipit` or `home/pipit`"),
-            );
+        for (key, start, like) in [
+            ("root", &self.root, "`pipit` or `home/pipit`"),
+            (
+                "home_assistant.prefix",
+                &self.home_assistant.prefix,
+                "`homeassistant`",
+            ),
+        ] {
+            if !begins_a_topic(start) {
+                wrong(
+                    key,
+                    format!("`{start}` cannot begin a topic; hint: one like {like}"),
+                );
+            }
         }
         for prefix in &self.reply.prefixes {
             if prefix.trim_matches('/').is_empty()
@@ -96,6 +99,9 @@ impl Config {
             wrong("install.trusted_keys", message);
         }
         found.extend(self.login());
+        if let Some(listen) = &self.http.listen {
+            found.extend(Listen::parse(listen, &self.http).err());
+        }
         found.extend(Address::parse(&self.broker.url).err());
         found
     }
@@ -232,6 +238,7 @@ impl Config {
             ("broker.password_file", &self.broker.password_file),
             ("broker.certificate", &self.broker.certificate),
             ("broker.key", &self.broker.key),
+            ("http.key_file", &self.http.key_file),
         ];
         let named = named
             .into_iter()
@@ -259,6 +266,13 @@ impl Config {
             })
             .collect()
     }
+}
+
+fn begins_a_topic(start: &str) -> bool {
+    (1..=128).contains(&start.len())
+        && !start.starts_with(['/', '$'])
+        && !start.ends_with('/')
+        && !start.contains(['+', '#', '\0'])
 }
 
 /// Why a file cannot be read.

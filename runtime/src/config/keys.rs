@@ -59,6 +59,7 @@ impl Key {
                 (None, "state_dir")
                     | (Some("model"), "path")
                     | (Some("broker"), "ca" | "certificate" | "key" | "password_file")
+                    | (Some("http"), "key_file")
             )
     }
 }

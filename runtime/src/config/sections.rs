@@ -130,6 +130,37 @@ impl Default for PoolSection {
     }
 }
 
+/// `[http]`: programs that ask as they would ask OpenAI.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct HttpSection {
+    /// `ADDR:PORT`, or `unix:/FILE`; nowhere by default.
+    pub listen: Option<String>,
+    /// File that holds the key which a client must show, or `credential:NAME`.
+    pub key_file: Option<PathBuf>,
+    /// Whether other machines may reach `listen`.
+    pub beyond_localhost: bool,
+}
+
+/// `[home_assistant]`
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct HomeAssistantSection {
+    /// Whether a discovery message is published.
+    pub discovery: bool,
+    /// Where Home Assistant looks for it.
+    pub prefix: String,
+}
+
+impl Default for HomeAssistantSection {
+    fn default() -> Self {
+        Self {
+            discovery: false,
+            prefix: "homeassistant".to_owned(),
+        }
+    }
+}
+
 /// `[prefix]`: beginnings of prompts, kept as KV so that the next request which begins so need not compute them.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]

@@ -27,18 +27,22 @@ use crate::reply::{self, Author, Stream};
 use crate::task::Task;
 use crate::thermal::Thermal;
 use crate::transcript::Transcript;
-use crate::wire::{ErrorCode, Request, Topics};
+use crate::wire::{ErrorCode, Request, Topics, topics};
 use crate::worker::Worker;
 
 mod answers;
 mod commands;
+pub mod door;
 mod erase;
+mod home_assistant;
 mod intake;
 pub mod models;
 pub mod pool;
 mod presence;
 mod work;
 
+use door::Askers;
+use home_assistant::Shown;
 use models::Models;
 use pool::{Held, Pool};
 
@@ -99,6 +103,8 @@ enum OnDelivery {
     Handed(Box<Held>),
     /// The names of what was fetched from a member's session.
     Listed,
+    /// Something was taken back from Home Assistant, under this topic.
+    Hidden(String),
     Nothing,
 }
 
@@ -163,6 +169,8 @@ pub struct Service {
     tasks: BTreeMap<String, Task>,
     erasing: Option<erase::Erasing>,
     pool: Option<Pool>,
+    askers: Askers,
+    shown: Shown,
 }
 
 impl std::fmt::Debug for Service {
@@ -191,6 +199,8 @@ impl Service {
             state_folder: models.state().to_owned(),
             erasing: None,
             pool: None,
+            askers: Askers::default(),
+            shown: Shown::of(models.state()),
             models,
             tasks,
             topics: Topics::new(&config.root, &config.device),
@@ -245,6 +255,7 @@ impl Service {
     /// Takes up what the journal says is still owed.
     pub fn replay(&mut self) {
         self.resume_order();
+        self.close_old_door();
         let now_ms = unix_ms();
         let now = Instant::now();
         for (key, entry) in self.table.entries() {
@@ -294,8 +305,10 @@ impl Service {
                 self.recognised.insert(Door::Own, (epoch, HashSet::new()));
                 self.announced = None;
                 self.announce();
-                if self.loaded {
-                    self.publish_card();
+                self.hide_from_home_assistant();
+                match self.loaded {
+                    true => self.publish_card(),
+                    false => self.show_to_home_assistant(),
                 }
                 self.publish_answers();
             }
@@ -376,12 +389,11 @@ impl Service {
                     return;
                 }
                 self.accepting.remove(&key);
-                self.unpublished.push_back(Unpublished {
+                self.hand_over(Unpublished {
                     key,
                     correlation,
                     ack: None,
                 });
-                self.publish_answers();
             }
             OnCommit::Erased => self.journal_erased(commit.error.as_ref()),
             OnCommit::Nothing => {}
@@ -400,13 +412,15 @@ impl Service {
     pub fn chunks(&mut self) {
         let now = Instant::now();
         for running in self.running.values_mut() {
-            if let Some(message) = running
-                .stream
-                .as_mut()
-                .and_then(|stream| stream.take(&self.author, now))
-            {
-                // Lost when there is no room: the final answer has it all.
-                self.link.publish(message);
+            let Some(stream) = running.stream.as_mut() else {
+                continue;
+            };
+            if let Some(chunk) = stream.take(&self.author, now) {
+                match topics::is_at_door(&running.key.0) {
+                    true => self.askers.chunk(&running.key, &chunk),
+                    // Lost when there is no room: the final answer has it all.
+                    false => _ = self.link.publish(stream.message(&chunk)),
+                }
                 fault::passed(fault::Point::MidStream);
             }
         }
@@ -446,6 +460,7 @@ impl Service {
         self.publish_refusals();
         self.dispatch();
         self.end_late_work();
+        self.look_after_askers();
         self.go_on_erasing();
         self.transcript.expire(unix_ms());
         self.look_after_models();
@@ -515,7 +530,7 @@ impl Service {
             last_number += 1;
             link.publish(Outgoing {
                 topic: topics.status(),
-                payload: health::status(&config.device, State::Offline, Some("stopped")),
+                payload: health::payload(&health::status(&config.device, State::Offline, Some("stopped"))),
                 retain: true,
                 token: Some(last_number),
                 content_type: Some("application/json"),

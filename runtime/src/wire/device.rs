@@ -77,6 +77,9 @@ pub struct Versions {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct ModelCard {
+    /// Its id among the installed models; absent for a file that the configuration names.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub id: Option<String>,
     /// `general.name` of the GGUF file, else the file's name.
     pub name: String,
     /// `general.architecture`

@@ -292,17 +292,16 @@ fn what_a_device_sends_obeys_its_schema() {
     let author = crate::reply::Author::default();
     let counters = crate::health::Counters::default();
     let now = std::time::Instant::now();
-    let read = |payload: Vec<u8>| serde_json::from_slice::<Value>(&payload).unwrap();
     for (name, value) in [
         ("answer", json!(completion)),
         ("chunk", json!(chunk)),
         ("error", json!(error)),
         ("cancel", json!(Cancel { id: "a".to_owned() })),
-        ("status", read(crate::health::status("dev", State::Ready, None))),
-        ("card", read(crate::health::card(&config, &author))),
+        ("status", json!(crate::health::status("dev", State::Ready, None))),
+        ("card", json!(crate::health::card(&config, &author, Some("a-1")))),
         (
             "metrics",
-            read(crate::health::metrics(&counters, now, 0, 0, 0, None, None)),
+            json!(crate::health::metrics(&counters, now, 0, 0, 0, None, None)),
         ),
     ] {
         let validator = validator(name);

@@ -16,6 +16,23 @@ pub fn valid_id(id: &str) -> bool {
             .all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'.' | b'-'))
 }
 
+/// What stands in place of a reply topic for who asks at the device's own door (HTTP). No message can name it: reply topics
+/// never begin with `$`.
+const DOOR: &str = "$http";
+
+/// The place of a client at the door, in the form of a reply topic: `$http/NAME`, or `$http` for those without a name.
+pub fn at_door(client: Option<&str>) -> String {
+    match client {
+        Some(client) => format!("{DOOR}/{client}"),
+        None => DOOR.to_owned(),
+    }
+}
+
+/// Whether a place is at the door, and not at the broker.
+pub fn is_at_door(topic: &str) -> bool {
+    under(topic, DOOR)
+}
+
 /// The topics of one device.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Topics {
@@ -45,6 +62,11 @@ impl Topics {
     /// Admin commands come in here, each verb on a level of its own.
     pub fn commands(&self) -> String {
         format!("{}/cmd/+", self.base)
+    }
+
+    /// Commands of one verb come in here.
+    pub fn command(&self, verb: &str) -> String {
+        format!("{}/cmd/{verb}", self.base)
     }
 
     /// The verb of a topic that is a command's.
@@ -88,6 +110,9 @@ impl Topics {
     pub fn client(&self, reply_topic: &str, prefixes: &[String]) -> String {
         if under(reply_topic, &self.base) {
             return self.base.clone();
+        }
+        if is_at_door(reply_topic) {
+            return reply_topic.to_owned();
         }
         let prefix = prefixes
             .iter()
@@ -173,6 +198,8 @@ mod tests {
             ("home/floor/2/x/y", "home/floor/2"),
             ("pipit/v1/dev/res/a", "pipit/v1/dev"),
             ("pipit/v1/dev/res/b", "pipit/v1/dev"),
+            (&at_door(None), "$http"),
+            (&at_door(Some("kitchen")), "$http/kitchen"),
         ] {
             assert_eq!(topics.client(topic, &prefixes), client);
         }
@@ -199,6 +226,7 @@ mod tests {
             "reply/+",
             "reply/#",
             "$SYS/x",
+            &at_door(Some("kitchen")),
             "pipit/v1/dev/req",
             "pipit/v1/dev/res/",
             "pipit/v1/other/req",

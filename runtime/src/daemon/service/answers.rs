@@ -3,13 +3,14 @@
 //! In: stored answers, refusals, PUBACKs of the broker. Out: records, messages. An answer is published when it is on
 //! the disk, never before; a refusal leaves no trace there.
 
-use super::{OnCommit, OnDelivery, REFUSALS, Service, WINDOW};
+use super::{OnCommit, OnDelivery, REFUSALS, Service, Unpublished, WINDOW};
 use crate::clock::unix_ms;
 use crate::fault;
 use crate::journal::table::Stage;
 use crate::journal::{Key, Record, StoredAnswer};
 use crate::mqtt::{Ack, Delivery};
 use crate::reply;
+use crate::wire::topics;
 
 impl Service {
     /// Writes the answer down; it is published when it is safe.
@@ -52,6 +53,16 @@ impl Service {
         }
     }
 
+    /// Gives a final answer that is safe to whoever waits for it, at the door or at the broker.
+    pub(super) fn hand_over(&mut self, answer: Unpublished) {
+        if topics::is_at_door(&answer.key.0) {
+            self.answer_askers(answer.key);
+        } else {
+            self.unpublished.push_back(answer);
+            self.publish_answers();
+        }
+    }
+
     /// Gives final answers to the link, as many as the window allows.
     pub(super) fn publish_answers(&mut self) {
         while self.connected && self.on_delivery.len() < WINDOW {
@@ -88,12 +99,18 @@ impl Service {
             Some(OnDelivery::Answer(key)) => key,
             Some(OnDelivery::Handed(held)) => return self.handed(*held, delivery),
             Some(OnDelivery::Listed) => return self.listed(),
+            Some(OnDelivery::Hidden(topic)) => return self.hidden(&topic, delivery),
             Some(OnDelivery::Nothing) | None => return,
         };
         if let Delivery::Refused(reason) = delivery {
             tracing::warn!(id = key.1, "the broker refuses the answer on {}: {reason}", key.0);
         }
         fault::passed(fault::Point::BeforeMark);
+        self.mark_delivered(key);
+        self.publish_answers();
+    }
+
+    pub(super) fn mark_delivered(&mut self, key: Key) {
         if matches!(self.table.stage(&key), Some(Stage::Done(_))) {
             let record = Record::Delivered { key };
             self.table.apply(record.clone());
@@ -101,13 +118,16 @@ impl Service {
             let ticket = self.record(vec![record], false);
             self.on_commit.insert(ticket, OnCommit::Nothing);
         }
-        self.publish_answers();
     }
 
     /// Answers at once, without a trace in the journal: the same message would be refused again. It is acknowledged
     /// when the link has the refusal, so that nobody waits for an answer that was dropped.
     pub(super) fn refuse(&mut self, ack: Option<Ack>, answer: StoredAnswer) {
         self.counters.errors += 1;
+        if topics::is_at_door(&answer.reply.topic) {
+            self.askers.refuse(&answer);
+            return;
+        }
         // At QoS 0 nothing holds a flood back.
         if ack.is_some() || self.refusals.len() < REFUSALS {
             self.refusals.push_back((ack, answer));

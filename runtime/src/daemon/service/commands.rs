@@ -187,6 +187,8 @@ impl Service {
         };
         self.say(order.reply, payload);
         self.look_at_store();
+        // There may be another model to choose from.
+        self.show_to_home_assistant();
     }
 
     /// Publishes an answer to a command; the link keeps it until the broker has it.

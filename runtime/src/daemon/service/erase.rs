@@ -67,6 +67,7 @@ impl Service {
         };
         for (key, _) in &keys {
             self.forget(key);
+            self.askers.erased(key);
         }
         let held = self.erase_held(|key| {
             is_wanted(&topics.client(&key.0, &prefixes), &key.1) || wanted.client.as_ref() == Some(&key.0)
@@ -97,10 +98,11 @@ impl Service {
     }
 
     /// Nothing of it stays in memory.
-    fn forget(&mut self, key: &Key) {
+    pub(super) fn forget(&mut self, key: &Key) {
         if let Some((&job, _)) = self.running.iter().find(|(_, running)| running.key == *key) {
-            // Its end finds no entry, and is not answered.
             self.worker.send(ToWorker::Cancel { job });
+            // Its end concerns nobody: not the one either who asks the same again.
+            self.running.remove(&job);
         }
         self.queue.cancel(key);
         self.attempts.remove(key);

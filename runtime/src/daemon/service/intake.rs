@@ -14,7 +14,7 @@ use crate::journal::{Key, Record};
 use crate::mqtt::{Ack, Incoming};
 use crate::reply;
 use crate::thermal::Step;
-use crate::wire::{Cancel, Envelope, ErrorCode, Rejection, Reply, Request, Rules, request};
+use crate::wire::{Cancel, Envelope, ErrorCode, Rejection, Reply, Request, Rules, request, topics};
 
 impl Service {
     pub(super) fn message(&mut self, message: &Incoming) {
@@ -23,6 +23,9 @@ impl Service {
         }
         if self.draining {
             // Not acknowledged: the broker gives it to the next daemon.
+            return;
+        }
+        if self.home_assistant_is_born(message) {
             return;
         }
         if message.retain {
@@ -108,7 +111,7 @@ impl Service {
 
     pub(super) fn parsed(&mut self, parsed: Result<Request, Box<Rejection>>, message: &Incoming) {
         let mut request = match parsed {
-            Ok(request) => Box::new(request),
+            Ok(request) => request,
             Err(rejection) => {
                 let answer = reply::error(&rejection.reply, &rejection.id, rejection.code, rejection.message);
                 self.refuse(message.ack, answer);
@@ -120,6 +123,11 @@ impl Service {
         {
             request.id.clone_from(&key.1);
         }
+        self.take(request, message.ack);
+    }
+
+    /// A request that is as it must be: known already, refused for want of room, or accepted.
+    pub(super) fn take(&mut self, request: Request, ack: Option<Ack>) {
         let key = request.key();
         match self.table.stage(&key) {
             Some(Stage::Accepted(_)) => {
@@ -130,24 +138,24 @@ impl Service {
                     .get(&key)
                     .and_then(|ticket| self.on_commit.get_mut(ticket))
                 {
-                    Some(OnCommit::Accepted { acks, .. }) => acks.extend(message.ack),
-                    _ => self.ack(message.ack),
+                    Some(OnCommit::Accepted { acks, .. }) => acks.extend(ack),
+                    _ => self.ack(ack),
                 }
                 return;
             }
             Some(Stage::Done(_) | Stage::Delivered(_)) => {
                 self.counters.duplicates += 1;
                 // An answer that is not yet safe follows when it is. At QoS 0 nothing holds a flood back.
-                let flood = message.ack.is_none() && self.unpublished.len() >= self.config.limits.queue;
+                let by_mqtt = !topics::is_at_door(&key.0);
+                let flood = by_mqtt && ack.is_none() && self.unpublished.len() >= self.config.limits.queue;
                 if flood || self.accepting.contains_key(&key) {
-                    self.ack(message.ack);
+                    self.ack(ack);
                 } else {
-                    self.unpublished.push_back(Unpublished {
+                    self.hand_over(Unpublished {
                         key,
                         correlation: request.reply.correlation,
-                        ack: message.ack,
+                        ack,
                     });
-                    self.publish_answers();
                 }
                 return;
             }
@@ -155,10 +163,10 @@ impl Service {
         }
         if let Some((code, why)) = self.cannot_take(&key) {
             let answer = reply::error(&request.reply, &request.id, code, why);
-            self.refuse(message.ack, answer);
+            self.refuse(ack, answer);
             return;
         }
-        self.accept(key, request, message.ack);
+        self.accept(key, Box::new(request), ack);
     }
 
     fn accept(&mut self, key: Key, request: Box<Request>, ack: Option<Ack>) {

@@ -70,6 +70,11 @@ impl Models {
         &self.state
     }
 
+    /// The id of the model that is served, where it is an installed one.
+    pub(super) fn served_id(&self) -> Option<&str> {
+        self.served.id.as_deref()
+    }
+
     /// Whether the configuration names the file.
     pub(super) fn named_by_config(&self) -> bool {
         self.served.id.is_none()

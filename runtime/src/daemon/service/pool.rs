@@ -222,8 +222,8 @@ impl Service {
             pool.asked = pool
                 .asked
                 .and_then(|(since, left)| Some((since, left.checked_sub(1).filter(|&left| left > 0)?)));
-            if let Some(held) = self.read(message.clone())
-                && let Err(held) = self.take(held)
+            if let Some(held) = self.read_held(message.clone())
+                && let Err(held) = self.take_held(held)
             {
                 self.hold(held);
             }
@@ -239,7 +239,7 @@ impl Service {
             );
             return self.ack(message.ack);
         }
-        let Some(held) = self.read(message) else { return };
+        let Some(held) = self.read_held(message) else { return };
         if held.message.duplicate {
             if self.was_given(&held) || self.is_still_ours(&held) {
                 return;
@@ -261,7 +261,7 @@ impl Service {
     }
 
     /// Reads a request of the pool; one that cannot be is refused.
-    fn read(&mut self, message: Incoming) -> Option<Held> {
+    fn read_held(&mut self, message: Incoming) -> Option<Held> {
         let envelope = Envelope {
             payload: &message.payload,
             response_topic: message.response_topic.as_deref(),
@@ -312,7 +312,7 @@ impl Service {
             let Some(held) = self.pool.as_mut().and_then(|pool| pool.held.pop_front()) else {
                 break;
             };
-            if let Err(held) = self.take(held) {
+            if let Err(held) = self.take_held(held) {
                 if let Some(pool) = &mut self.pool {
                     pool.held.push_front(held);
                 }
@@ -324,7 +324,7 @@ impl Service {
     }
 
     /// Takes one into the journal; gives it back when that cannot be now.
-    fn take(&mut self, mut held: Held) -> Result<(), Held> {
+    fn take_held(&mut self, mut held: Held) -> Result<(), Held> {
         let key = held.request.key();
         if self.table.stage(&key).is_none() && self.cannot_take(&key).is_some() {
             return Err(held);

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use super::{OnDelivery, Service};
 use crate::health::{self, State};
 use crate::mqtt::Outgoing;
+use crate::wire::{Card, Metrics, Status};
 
 impl Service {
     /// A line for people.
@@ -34,18 +35,30 @@ impl Service {
         if !self.connected || self.announced == Some(self.state) {
             return;
         }
-        let idle = self.asleep.then_some("the model is unloaded until somebody asks");
-        let reason = self.unloadable.as_deref().or(idle);
-        let payload = health::status(&self.config.device, self.state, reason);
+        let payload = health::payload(&self.status());
         if self.retain(self.topics.status(), payload) {
             self.announced = Some(self.state);
         }
     }
 
+    /// What the device is doing.
+    pub(super) fn status(&self) -> Status {
+        let idle = self.asleep.then_some("the model is unloaded until somebody asks");
+        let reason = self.unloadable.as_deref().or(idle);
+        health::status(&self.config.device, self.state, reason)
+    }
+
+    /// What the device is and serves.
+    pub(super) fn card(&self) -> Card {
+        health::card(&self.config, &self.author, self.models.served_id())
+    }
+
     /// Says what the device can.
     pub(super) fn publish_card(&mut self) {
         if self.connected {
-            self.retain(self.topics.card(), health::card(&self.config, &self.author));
+            let payload = health::payload(&self.card());
+            self.retain(self.topics.card(), payload);
+            self.show_to_home_assistant();
         }
     }
 
@@ -66,20 +79,25 @@ impl Service {
         given
     }
 
+    /// Counters, and what is measured now.
+    pub(super) fn metrics(&self) -> Metrics {
+        health::metrics(
+            &self.counters,
+            self.started,
+            self.queue.len(),
+            self.running.len(),
+            self.journal_bytes,
+            self.worker_pid,
+            self.thermal.step(),
+        )
+    }
+
     /// The figures, as often as the configuration says.
     pub(super) fn publish_metrics(&mut self) {
         let interval = Duration::from_secs(self.config.metrics.interval_s);
         if self.connected && !interval.is_zero() && self.last_metrics.elapsed() >= interval {
             self.last_metrics = Instant::now();
-            let payload = health::metrics(
-                &self.counters,
-                self.started,
-                self.queue.len(),
-                self.running.len(),
-                self.journal_bytes,
-                self.worker_pid,
-                self.thermal.step(),
-            );
+            let payload = health::payload(&self.metrics());
             let topic = self.topics.metrics();
             self.link.publish(Outgoing {
                 topic,

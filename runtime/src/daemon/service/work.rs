@@ -277,10 +277,6 @@ impl Service {
     }
 
     fn finish(&mut self, running: Running, finished: &Finished) {
-        if !matches!(self.table.stage(&running.key), Some(Stage::Accepted(_))) {
-            // It was erased meanwhile.
-            return;
-        }
         self.counters.answered += 1;
         self.prove_model();
         let computed = finished.prompt_tokens - finished.cached_tokens + finished.completion_tokens;

@@ -106,7 +106,7 @@ impl Service {
                 let alone = pool.leaving.is_some();
                 if !alone {
                     pool.held.push_front(held);
-                } else if let Err(held) = self.take(held) {
+                } else if let Err(held) = self.take_held(held) {
                     self.hold(held);
                 }
             }
