@@ -12,6 +12,7 @@ mod composed;
 mod cross_entropy;
 mod distillation;
 mod embedding;
+mod few_rows;
 mod frozen;
 mod gemm;
 mod glu;
