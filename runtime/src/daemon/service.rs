@@ -63,7 +63,8 @@ struct Running {
     client: String,
     request: Box<Request>,
     since: Instant,
-    began: Instant,
+    /// `None` while the worker has it and no slot for it.
+    began: Option<Instant>,
     stream: Option<Stream>,
     cancelled: bool,
     /// It was ended because it took too long.
@@ -99,6 +100,8 @@ enum OnDelivery {
     Answer(Key),
     /// Something was taken back from Home Assistant, under this topic.
     Hidden(String),
+    /// The broker retains nothing on a topic any more, for an erasure.
+    Emptied,
     Nothing,
 }
 

@@ -98,6 +98,7 @@ impl Service {
         let key = match self.on_delivery.remove(&token) {
             Some(OnDelivery::Answer(key)) => key,
             Some(OnDelivery::Hidden(topic)) => return self.hidden(&topic, delivery),
+            Some(OnDelivery::Emptied) => return self.emptied(token, delivery),
             Some(OnDelivery::Nothing) | None => return,
         };
         if let Delivery::Refused(reason) = delivery {
