@@ -328,7 +328,9 @@ impl Task {
         let filter = |path: &String, rule| SubscribeFilter {
             path: path.clone(),
             qos: QoS::AtLeastOnce,
-            nolocal: false,
+            // What we say on our own topics is for the broker: an empty message that removes a retained one.
+            // A shared subscription must not ask for it (MQTT 5, 3.8.3.1).
+            nolocal: !path.starts_with("$share/"),
             preserve_retain: false,
             retain_forward_rule: rule,
         };

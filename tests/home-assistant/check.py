@@ -16,6 +16,8 @@ from homeassistant import bootstrap
 from homeassistant.helpers import device_registry, entity_registry
 from homeassistant.runner import RuntimeConfig
 
+# What the unique ids of the device `hall.1` begin with.
+OWN = "pipit-hall_1_"
 NOW = "2025-01-01T00:00:00+00:00"
 # The frontend and all that Home Assistant sets up for people.
 bootstrap.DEFAULT_INTEGRATIONS = set()
@@ -60,8 +62,7 @@ class House:
     def ids(self):
         """Entity ids by the ends of their unique ids."""
         entities = entity_registry.async_get(self.hass).entities.values()
-        return {entry.unique_id.rsplit("pipit-", 1)[1].split("_", 1)[1]: entry.entity_id
-                for entry in entities if entry.platform == "mqtt"}
+        return {entry.unique_id.removeprefix(OWN): entry.entity_id for entry in entities if entry.platform == "mqtt"}
 
     def state(self, key):
         found = self.hass.states.get(self.ids().get(key, "sensor.none"))

@@ -121,10 +121,16 @@ fn an_erasure_leaves_nothing_of_one_client_and_everything_of_the_others() -> Res
         seen.json(&metrics)["accepted"].as_u64() == Some(10)
     })?;
     process::signal("CONT", worker)?;
+    // A request that a clumsy client left at the broker.
+    broker.publish(&device.topic("req"), "Words that were retained.", &["-r"])?;
     let report = command(&device, &client, "erase", &json!({"client": "reply/kitchen"}))?;
     println!("{report}");
     let result = &report["result"];
     ensure!(result["entries"] == 6 && result["problems"].is_null(), "{report}");
+    ensure!(result["retained_topics"] == 1, "{report}");
+    let kept = broker.subscribe(&device.topic("req"))?;
+    broker.publish(&device.topic("req"), "Not retained.", &[])?;
+    assert_eq!(kept.next(PATIENCE)?.payload, "Not retained.");
     let left = holding(&device.state(), SECRET)?;
     ensure!(left.is_empty(), "{left:?}");
     ensure!(

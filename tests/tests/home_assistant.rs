@@ -14,7 +14,7 @@ use pipit_tests::program;
 use serde_json::{Value, json};
 
 const OFF: &str =
-    "[model]\nthreads = 1\nn_ctx = 256\nslots = 2\n[metrics]\ninterval_s = 1\n[admin]\nover_mqtt = true\n";
+    "[model]\nthreads = 1\nn_ctx = 1024\nslots = 2\n[metrics]\ninterval_s = 1\n[admin]\nover_mqtt = true\n";
 const ON: &str = "[home_assistant]\ndiscovery = true\n";
 const TOPIC: &str = "homeassistant/device/pipit-hall_1/config";
 

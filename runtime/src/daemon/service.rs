@@ -65,7 +65,8 @@ struct Running {
     client: String,
     request: Box<Request>,
     since: Instant,
-    began: Instant,
+    /// `None` while the worker has it and no slot for it.
+    began: Option<Instant>,
     stream: Option<Stream>,
     cancelled: bool,
     /// It was ended because it took too long.
@@ -105,6 +106,8 @@ enum OnDelivery {
     Listed,
     /// Something was taken back from Home Assistant, under this topic.
     Hidden(String),
+    /// The broker retains nothing on a topic any more, for an erasure.
+    Emptied,
     Nothing,
 }
 

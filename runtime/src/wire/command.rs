@@ -10,6 +10,7 @@ use super::topics::valid_id;
 
 /// `cmd/model`
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(tag = "action", rename_all = "snake_case", deny_unknown_fields)]
 pub enum ModelAction {
     /// Fetch a model and, when all is well with it, serve it.
@@ -30,17 +31,29 @@ pub enum ModelAction {
 
 /// `cmd/erase`: everything of one client, or one request.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[cfg_attr(test, schemars(extend("oneOf" = [{"required": ["client"]}, {"required": ["request"]}])))]
 #[serde(deny_unknown_fields, default)]
 pub struct Erase {
     /// The client as the queue has it: its reply topic up to the first level below the allowed prefix
     /// (`reply/kitchen`), or a whole reply topic.
+    #[cfg_attr(test, schemars(with = "String"))]
     pub client: Option<String>,
     /// The id of a request, whoever sent it.
+    #[cfg_attr(test, schemars(with = "String"))]
     pub request: Option<String>,
+}
+
+impl Erase {
+    /// Whether it says what is to be erased, and only once.
+    pub fn names_one(&self) -> bool {
+        self.client.is_some() != self.request.is_some()
+    }
 }
 
 /// `cmd/drain`: leave the pool, or come back.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct Drain {
     /// Take requests of the pool again.
@@ -58,6 +71,7 @@ pub struct Envelope {
 
 /// An answer to a command that was done.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct CommandAnswer {
     /// The command's id.
     pub id: String,

@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 
 use super::answer::{AssistantMessage, Choice, ChunkChoice, Delta};
 use super::body::{NamedSchema, Part, ResponseFormat, Stop, Turn};
+use super::command::{self, CommandAnswer, Drain, Erase, ModelAction};
 use super::*;
 
 /// Writes the files instead of comparing with them.
@@ -31,10 +32,35 @@ fn received<T: JsonSchema>() -> Schema {
         .into_root_schema_for::<T>()
 }
 
-fn all() -> [(&'static str, Schema); 9] {
+/// A command: the fields of its verb, and those of every command.
+#[derive(serde::Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+#[expect(
+    dead_code,
+    reason = "only its schema is of use: the parser takes the two apart"
+)]
+struct Command<T> {
+    /// What is to be done.
+    #[serde(flatten)]
+    verb: T,
+    /// The command's name, for its answer; made when absent.
+    #[schemars(with = "String", regex(pattern = r"^[A-Za-z0-9_.-]{1,64}$"))]
+    #[serde(default)]
+    id: Option<String>,
+    /// Where the answer goes, for clients without MQTT 5.
+    #[schemars(with = "String")]
+    #[serde(default)]
+    reply_to: Option<String>,
+}
+
+fn all() -> [(&'static str, Schema); 13] {
     [
         ("request", sent::<Body>()),
         ("cancel", sent::<Cancel>()),
+        ("command-model", sent::<Command<ModelAction>>()),
+        ("command-erase", sent::<Command<Erase>>()),
+        ("command-drain", sent::<Command<Drain>>()),
+        ("command-answer", received::<CommandAnswer>()),
         ("answer", received::<Completion>()),
         ("chunk", received::<Chunk>()),
         ("error", received::<ErrorAnswer>()),
@@ -224,6 +250,52 @@ fn parser_and_schema_take_the_same_bodies() {
 }
 
 #[test]
+fn commands_are_taken_as_their_schemas_say() {
+    let model = |body: &Value| command::parse::<ModelAction>(body.to_string().as_bytes(), "made").is_ok();
+    let erase = |body: &Value| {
+        command::parse::<Erase>(body.to_string().as_bytes(), "made").is_ok_and(|(_, erase)| erase.names_one())
+    };
+    for (body, good) in [
+        (json!({"action": "install", "url": "https://h/m.json"}), true),
+        (
+            json!({"action": "activate", "model": "m-1", "id": "a.B-9_", "reply_to": "reply/me"}),
+            true,
+        ),
+        (json!({"action": "rollback"}), true),
+        (json!({"action": "list", "id": "a"}), true),
+        (json!({}), false),
+        (json!({"action": "remove"}), false),
+        (json!({"action": "install"}), false),
+        (json!({"action": "install", "url": 7}), false),
+        (json!({"action": "list", "force": true}), false),
+        (json!({"action": "list", "id": "a/b"}), false),
+        (json!({"action": "list", "id": null}), false),
+        (json!({"action": "list", "reply_to": 7}), false),
+    ] {
+        assert_eq!(
+            (model(&body), validator("command-model").is_valid(&body)),
+            (good, good),
+            "{body}"
+        );
+    }
+    for (body, good) in [
+        (json!({"client": "reply/kitchen"}), true),
+        (json!({"request": "r-1", "id": "a", "reply_to": "reply/me"}), true),
+        (json!({}), false),
+        (json!({"client": "a", "request": "b"}), false),
+        (json!({"client": 7}), false),
+        (json!({"clients": "a"}), false),
+        (json!({"client": "a", "id": ""}), false),
+    ] {
+        assert_eq!(
+            (erase(&body), validator("command-erase").is_valid(&body)),
+            (good, good),
+            "{body}"
+        );
+    }
+}
+
+#[test]
 fn what_our_own_client_can_say_is_taken() {
     let schema = json!({"type": "object", "properties": {"on": {"type": "boolean"}}});
     let body = Body {
@@ -288,6 +360,11 @@ fn what_a_device_sends_obeys_its_schema() {
         ai_generated: true,
     };
     let error = ErrorAnswer::new("a", ErrorCode::QueueFull, "m");
+    let done = CommandAnswer {
+        id: "a".to_owned(),
+        command: "erase".to_owned(),
+        result: json!({"entries": 1}),
+    };
     let config = crate::config::Config::default();
     let author = crate::reply::Author::default();
     let counters = crate::health::Counters::default();
@@ -296,6 +373,7 @@ fn what_a_device_sends_obeys_its_schema() {
         ("answer", json!(completion)),
         ("chunk", json!(chunk)),
         ("error", json!(error)),
+        ("command-answer", json!(done)),
         ("cancel", json!(Cancel { id: "a".to_owned() })),
         ("status", json!(crate::health::status("dev", State::Ready, None))),
         ("card", json!(crate::health::card(&config, &author, Some("a-1")))),

@@ -79,6 +79,11 @@ impl Topics {
         format!("{}/task/+", self.base)
     }
 
+    /// Payloads for one task come in here.
+    pub fn task(&self, name: &str) -> String {
+        format!("{}/task/{name}", self.base)
+    }
+
     /// The name of a topic that is a task's.
     pub fn task_of<'a>(&self, topic: &'a str) -> Option<&'a str> {
         topic.strip_prefix(&self.base)?.strip_prefix("/task/")

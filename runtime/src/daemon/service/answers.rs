@@ -100,6 +100,7 @@ impl Service {
             Some(OnDelivery::Handed(held)) => return self.handed(*held, delivery),
             Some(OnDelivery::Listed) => return self.listed(),
             Some(OnDelivery::Hidden(topic)) => return self.hidden(&topic, delivery),
+            Some(OnDelivery::Emptied) => return self.emptied(token, delivery),
             Some(OnDelivery::Nothing) | None => return,
         };
         if let Delivery::Refused(reason) = delivery {

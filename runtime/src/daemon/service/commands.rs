@@ -37,7 +37,7 @@ impl Service {
             "erase" => match command::parse::<Erase>(&message.payload, &made) {
                 Ok((envelope, wanted)) => {
                     let reply = self.command_reply(message, &envelope);
-                    match (reply, wanted.client.is_some() != wanted.request.is_some()) {
+                    match (reply, wanted.names_one()) {
                         (Ok(_), true) if self.erasing.is_some() => {
                             self.refuse_command(message, &envelope, "another erasure is under way");
                         }

@@ -1,19 +1,21 @@
 //! Erasure: what one client or one request has left behind goes, and the administrator gets a report.
 //!
 //! In: `cmd/erase`. Out: a journal that was written anew without it, no kept beginnings of prompts (in memory and on the
-//! disk: nobody can say whose they are, so all go, by way of a new worker), transcripts without its lines. The command is
-//! acknowledged when all of that is done, so that a power cut only delays it.
+//! disk: nobody can say whose they are, so all go, by way of a new worker), transcripts without its lines, and a broker
+//! that retains no message on the topics where people write to the device. The command is acknowledged when all of that is
+//! done, so that a power cut only delays it.
 
+use std::collections::HashMap;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-use super::{OnCommit, Service};
+use super::{OnCommit, OnDelivery, Service};
 use crate::engine::ToWorker;
 use crate::journal::table::Stage;
 use crate::journal::{Key, Record};
-use crate::mqtt::Ack;
+use crate::mqtt::{Ack, Delivery, Outgoing};
 use crate::wire::Reply;
 use crate::wire::command::Erase;
 
@@ -28,6 +30,9 @@ pub(super) struct Report {
     pub(super) content_lines: u64,
     /// Files of kept beginnings of prompts, everybody's.
     pub(super) prefix_files: u64,
+    /// Topics of the device on which the broker retains nothing now: a request that was sent as a retained message would
+    /// stay there.
+    pub(super) retained_topics: u64,
     /// What could not be done.
     #[serde(skip_serializing_if = "Vec::is_empty", default)]
     pub(super) problems: Vec<String>,
@@ -42,6 +47,8 @@ pub(super) struct Erasing {
     since: Instant,
     journal_done: bool,
     worker_done: bool,
+    /// Empty messages that wait for their PUBACK, by topic.
+    emptying: HashMap<u64, String>,
 }
 
 impl Service {
@@ -93,7 +100,48 @@ impl Service {
             since: Instant::now(),
             journal_done: false,
             worker_done: false,
+            emptying: HashMap::new(),
         });
+        self.empty_retained();
+        self.go_on_erasing();
+    }
+
+    /// An empty retained message removes what the broker retains. It is not known whose that is, so all goes.
+    fn empty_retained(&mut self) {
+        let mut topics = vec![self.topics.request()];
+        topics.extend(self.tasks.keys().map(|name| self.topics.task(name)));
+        for topic in topics {
+            let token = self.number();
+            let given = self.link.publish(Outgoing {
+                topic: topic.clone(),
+                retain: true,
+                token: Some(token),
+                ..Outgoing::default()
+            });
+            let Some(erasing) = &mut self.erasing else { return };
+            match given {
+                true => {
+                    self.on_delivery.insert(token, OnDelivery::Emptied);
+                    erasing.emptying.insert(token, topic);
+                }
+                false => erasing
+                    .report
+                    .problems
+                    .push(format!("{topic}: the link has no room")),
+            }
+        }
+    }
+
+    /// The broker has said what becomes of an empty message.
+    pub(super) fn emptied(&mut self, token: u64, delivery: &Delivery) {
+        if let Some(erasing) = &mut self.erasing
+            && let Some(topic) = erasing.emptying.remove(&token)
+        {
+            match delivery {
+                Delivery::Refused(why) => erasing.report.problems.push(format!("{topic}: {why}")),
+                Delivery::Taken | Delivery::Unheard => erasing.report.retained_topics += 1,
+            }
+        }
         self.go_on_erasing();
     }
 
@@ -155,7 +203,7 @@ impl Service {
                 erasing.worker_done = true;
             }
         }
-        if !(erasing.worker_done && erasing.journal_done) {
+        if !(erasing.worker_done && erasing.journal_done && erasing.emptying.is_empty()) {
             return;
         }
         let Some(erasing) = self.erasing.take() else {

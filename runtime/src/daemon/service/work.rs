@@ -19,6 +19,22 @@ use crate::worker::Event as WorkerEvent;
 impl Service {
     /// Gives the worker what it can take.
     pub(super) fn dispatch(&mut self) {
+        self.give_work();
+        self.begin_work();
+    }
+
+    /// The oldest ones have the worker's slots; what it has ahead of that only waits there.
+    fn begin_work(&mut self) {
+        let mut jobs: Vec<u64> = self.running.keys().copied().collect();
+        jobs.sort_unstable();
+        for job in jobs.iter().take(self.config.model.slots as usize) {
+            if let Some(running) = self.running.get_mut(job) {
+                running.began.get_or_insert_with(Instant::now);
+            }
+        }
+    }
+
+    fn give_work(&mut self) {
         if self.asleep
             && !self.queue.is_empty()
             && !self.begins_no_more()
@@ -64,7 +80,7 @@ impl Service {
                 client: waiting.client,
                 request,
                 since: waiting.since,
-                began: Instant::now(),
+                began: None,
                 cancelled: false,
                 late: false,
             };
@@ -196,7 +212,7 @@ impl Service {
             return;
         }
         for (&job, running) in &mut self.running {
-            if !running.late && running.began.elapsed() > most {
+            if !running.late && running.began.is_some_and(|began| began.elapsed() > most) {
                 running.late = true;
                 self.worker.send(ToWorker::Cancel { job });
             }
@@ -288,7 +304,8 @@ impl Service {
             self.counters.tokens_per_second =
                 f64::from(finished.completion_tokens) * 1000.0 / finished.predicted_ms;
         }
-        let queue_ms = (running.began - running.since).as_secs_f64() * 1000.0;
+        let began = running.began.unwrap_or_else(Instant::now);
+        let queue_ms = (began - running.since).as_secs_f64() * 1000.0;
         let mut answer = reply::completion(&self.author, &running.request, finished, queue_ms);
         answer.fingerprint.clone_from(&running.request.fingerprint);
         tracing::info!(
