@@ -232,6 +232,7 @@ impl Config {
             ("broker.password_file", &self.broker.password_file),
             ("broker.certificate", &self.broker.certificate),
             ("broker.key", &self.broker.key),
+            ("metrics.energy_sensor", &self.metrics.energy_sensor),
         ];
         let named = named
             .into_iter()

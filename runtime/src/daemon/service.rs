@@ -16,6 +16,7 @@ use tokio::sync::mpsc;
 
 use crate::clock::{elapsed_ms, unix_ms};
 use crate::config::Config;
+use crate::energy::Meter;
 use crate::fault;
 use crate::health::{self, Counters, State};
 use crate::journal::table::{Bounds, Stage, Table};
@@ -66,6 +67,8 @@ struct Running {
     cancelled: bool,
     /// It was ended because it took too long.
     late: bool,
+    /// Its share of what was drawn since it began; `None` where nobody knows.
+    energy_j: Option<f64>,
 }
 
 /// What a commit of the journal is waited for.
@@ -163,6 +166,7 @@ pub struct Service {
     tasks: BTreeMap<String, Task>,
     erasing: Option<erase::Erasing>,
     pool: Option<Pool>,
+    meter: Option<Meter>,
 }
 
 impl std::fmt::Debug for Service {
@@ -191,6 +195,7 @@ impl Service {
             state_folder: models.state().to_owned(),
             erasing: None,
             pool: None,
+            meter: None,
             models,
             tasks,
             topics: Topics::new(&config.root, &config.device),
@@ -240,6 +245,11 @@ impl Service {
             heard: Instant::now(),
             config,
         }
+    }
+
+    /// Measures energy from now on.
+    pub fn measure_with(&mut self, meter: Option<Meter>) {
+        self.meter = meter;
     }
 
     /// Takes up what the journal says is still owed.
@@ -455,6 +465,7 @@ impl Service {
             tracing::warn!("heat: {:?}", self.thermal.step().unwrap_or_default());
             self.ease();
         }
+        self.measure_energy();
         self.evict();
         if self.journal_bytes > COMPACT_BYTES && self.journal_bytes > 3 * self.table.bytes() as u64 {
             self.writer.compact(self.table.records());

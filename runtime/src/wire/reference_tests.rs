@@ -299,7 +299,10 @@ fn what_a_device_sends_obeys_its_schema() {
         ("error", json!(error)),
         ("cancel", json!(Cancel { id: "a".to_owned() })),
         ("status", read(crate::health::status("dev", State::Ready, None))),
-        ("card", read(crate::health::card(&config, &author))),
+        (
+            "card",
+            read(crate::health::card(&config, &author, Some("hwmon ina219 power1"))),
+        ),
         (
             "metrics",
             read(crate::health::metrics(&counters, now, 0, 0, 0, None, None)),

@@ -5,6 +5,7 @@
 use std::time::{Duration, Instant};
 
 use super::{OnDelivery, Service};
+use crate::energy::Meter;
 use crate::health::{self, State};
 use crate::mqtt::Outgoing;
 
@@ -45,7 +46,11 @@ impl Service {
     /// Says what the device can.
     pub(super) fn publish_card(&mut self) {
         if self.connected {
-            self.retain(self.topics.card(), health::card(&self.config, &self.author));
+            let sensor = self.meter.as_ref().map(Meter::name);
+            self.retain(
+                self.topics.card(),
+                health::card(&self.config, &self.author, sensor),
+            );
         }
     }
 
