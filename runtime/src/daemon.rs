@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use crate::config::{Address, Config, ConfigError, secret};
+use crate::energy::Meter;
 use crate::health::{self, State, Systemd};
 use crate::home_assistant;
 use crate::journal::table::Table;
@@ -119,6 +120,7 @@ pub async fn serve(
         }
         Address::Remote { .. } => None,
     };
+    let meter = meter(&config)?;
     if let Some(why) = open_way(&config) {
         tracing::warn!("{why}; hint: mqtts:// in [broker] url");
     }
@@ -171,6 +173,7 @@ pub async fn serve(
         (models, adapters, tasks),
     );
     service.join(pool);
+    service.measure_with(meter);
     service.replay();
     systemd.ready();
     let mut tick = tokio::time::interval(Duration::from_millis(250));
@@ -240,6 +243,21 @@ pub async fn serve(
     }
     tracing::info!("stopped");
     Ok(())
+}
+
+/// The sensor of the configuration, or the one that the machine has.
+fn meter(config: &Config) -> Result<Option<Meter>, ConfigError> {
+    let meter = match &config.metrics.energy_sensor {
+        Some(path) => Some(
+            Meter::of(path)
+                .map_err(|error| ConfigError::value("metrics.energy_sensor", error.to_string()))?,
+        ),
+        None => Meter::find(std::path::Path::new("/")),
+    };
+    if let Some(meter) = &meter {
+        tracing::info!("energy is measured by {}", meter.name());
+    }
+    Ok(meter)
 }
 
 /// The model to begin with: of the configuration, or the active one of the store, or the one before it, where the active

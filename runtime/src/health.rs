@@ -28,7 +28,7 @@ pub fn status(device: &str, state: State, reason: Option<&str>) -> Status {
 }
 
 /// What this device is and serves; `id` is the model's among the installed ones.
-pub fn card(config: &Config, author: &Author, id: Option<&str>) -> Card {
+pub fn card(config: &Config, author: &Author, id: Option<&str>, energy_sensor: Option<&str>) -> Card {
     let model = &author.model;
     Card {
         wire: 1,
@@ -53,7 +53,10 @@ pub fn card(config: &Config, author: &Author, id: Option<&str>) -> Card {
         limits: config.limits.clone(),
         reply_prefixes: config.reply.prefixes.clone(),
         pool: config.pool.name.clone(),
-        board: board(),
+        board: Board {
+            energy_sensor: energy_sensor.map(ToOwned::to_owned),
+            ..board()
+        },
     }
 }
 
@@ -68,6 +71,7 @@ fn board() -> Board {
             .ok()
             .map(|threads| threads.get() as u64),
         memory_bytes: proc_kib("/proc/meminfo", "MemTotal:").map(|kib| kib * 1024),
+        energy_sensor: None,
     }
 }
 
@@ -92,6 +96,14 @@ pub struct Counters {
     pub worker_ends: u64,
     /// Decode speed of the last answer.
     pub tokens_per_second: f64,
+    /// What the board draws now.
+    pub power_w: Option<f64>,
+    /// What it drew since the start.
+    pub energy_j: Option<f64>,
+    /// What it drew for answers.
+    pub answers_j: f64,
+    /// Tokens generated in answers whose energy is known.
+    pub answers_j_tokens: u64,
 }
 
 /// Counters, and what is measured now.
@@ -123,8 +135,16 @@ pub fn metrics(
         worker_resident_bytes: worker.and_then(|pid| resident(&format!("/proc/{pid}/status"))),
         temperature_c: thermal::hottest(Path::new("/")).map(|reading| reading.millidegrees as f64 / 1000.0),
         thermal,
-        power_w: power(Path::new("/sys/class/hwmon")),
+        power_w: counters.power_w.map(round),
+        energy_j: counters.energy_j.map(round),
+        joules_per_token: (counters.answers_j_tokens > 0)
+            .then(|| round(counters.answers_j / counters.answers_j_tokens as f64)),
     }
+}
+
+/// Millijoules and milliwatts are as fine as sensors are.
+fn round(value: f64) -> f64 {
+    (value * 1000.0).round() / 1000.0
 }
 
 /// The payload of a message that says one of them.
@@ -143,26 +163,6 @@ fn proc_kib(file: &str, label: &str) -> Option<u64> {
 /// The most memory that a process ever had resident, in bytes.
 pub fn peak_resident(process: u32) -> Option<u64> {
     proc_kib(&format!("/proc/{process}/status"), "VmHWM:").map(|kib| kib * 1024)
-}
-
-/// Watts of the first sensor that measures power: a hardware monitor's own figure in microwatts, or the product of
-/// millivolts and milliamperes on an INA3221's first channel, which is the whole board's on a Jetson.
-/// Source: the kernel's Documentation/hwmon/sysfs-interface and ina3221.
-fn power(monitors: &Path) -> Option<f64> {
-    (0..16).find_map(|at| {
-        let folder = monitors.join(format!("hwmon{at}"));
-        let read = |file: &str| -> Option<f64> {
-            std::fs::read_to_string(folder.join(file))
-                .ok()?
-                .trim()
-                .parse()
-                .ok()
-        };
-        read("power1_input")
-            .or_else(|| read("power1_average"))
-            .map(|microwatts| microwatts / 1e6)
-            .or_else(|| Some(read("in1_input")? * read("curr1_input")? / 1e6))
-    })
 }
 
 /// Speaks with systemd; silent when there is none.
@@ -233,7 +233,7 @@ mod tests {
             (status.state, status.reason.as_deref()),
             (State::Degraded, Some("why"))
         );
-        let said = payload(&card(&Config::default(), &Author::default(), None));
+        let said = payload(&card(&Config::default(), &Author::default(), None, None));
         let card: Card = serde_json::from_slice(&said).unwrap();
         assert_eq!((card.wire, card.limits.queue), (1, 1024));
         assert!(card.board.memory_bytes.unwrap() > 1 << 20);
@@ -253,23 +253,5 @@ mod tests {
         );
         assert_eq!(metrics.thermal, Some(Step::Slower));
         assert!(metrics.worker_resident_bytes.unwrap() > 1_000_000);
-    }
-
-    #[test]
-    fn power_of_what_sensor_there_is() {
-        let folder = tempfile::tempdir().unwrap();
-        assert_eq!(power(folder.path()), None);
-        let put = |monitor: &str, file: &str, value: &str| {
-            let monitor = folder.path().join(monitor);
-            std::fs::create_dir_all(&monitor).unwrap();
-            std::fs::write(monitor.join(file), value).unwrap();
-        };
-        put("hwmon0", "temp1_input", "40000\n");
-        put("hwmon2", "in1_input", "5000\n");
-        assert_eq!(power(folder.path()), None);
-        put("hwmon2", "curr1_input", "1500\n");
-        assert_eq!(power(folder.path()), Some(7.5));
-        put("hwmon1", "power1_input", "2500000\n");
-        assert_eq!(power(folder.path()), Some(2.5));
     }
 }

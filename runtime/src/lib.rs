@@ -14,6 +14,7 @@ pub mod config;
 pub mod cores;
 pub mod daemon;
 pub mod doctor;
+pub mod energy;
 pub mod engine;
 pub mod fault;
 pub mod fleet;

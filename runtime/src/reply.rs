@@ -27,8 +27,17 @@ pub struct Author {
     pub disclosure: String,
 }
 
+/// What an answer took besides the engine's own figures.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Spent {
+    /// Milliseconds in the queue.
+    pub queue_ms: f64,
+    /// Joules, where a sensor measures them.
+    pub energy_j: Option<f64>,
+}
+
 /// The final answer to a request that went well.
-pub fn completion(author: &Author, request: &Request, finished: &Finished, queue_ms: f64) -> StoredAnswer {
+pub fn completion(author: &Author, request: &Request, finished: &Finished, spent: Spent) -> StoredAnswer {
     if request.reply.plain {
         // A task with a schema: the text is JSON, and a line behind it would spoil that.
         let is_json = request.schema.is_some();
@@ -72,9 +81,14 @@ pub fn completion(author: &Author, request: &Request, finished: &Finished, queue
             prompt_tokens_details: PromptTokens {
                 cached_tokens: finished.cached_tokens,
             },
+            energy_j: spent.energy_j.map(round),
+            joules_per_token: spent
+                .energy_j
+                .filter(|_| finished.completion_tokens > 0)
+                .map(|joules| round(joules / f64::from(finished.completion_tokens))),
         },
         timings: Timings {
-            queue_ms: round(queue_ms),
+            queue_ms: round(spent.queue_ms),
             prompt_ms: round(finished.prompt_ms),
             prompt_per_second: round(per_second(
                 finished.prompt_tokens - finished.cached_tokens,
@@ -256,19 +270,24 @@ mod tests {
 
     #[test]
     fn plain_text_for_plain_text() {
-        let answer = completion(&Author::default(), &request(true, false), &finished(), 0.0);
+        let answer = completion(
+            &Author::default(),
+            &request(true, false),
+            &finished(),
+            Spent::default(),
+        );
         assert_eq!((answer.body.as_str(), answer.json), ("Hé.", false));
         let author = Author {
             disclosure: "(written by a machine)".to_owned(),
             ..Author::default()
         };
-        let disclosed = completion(&author, &request(true, false), &finished(), 0.0);
+        let disclosed = completion(&author, &request(true, false), &finished(), Spent::default());
         assert_eq!(disclosed.body, "Hé.\n(written by a machine)");
         let task = Request {
             schema: Some(serde_json::json!({})),
             ..request(true, false)
         };
-        let bare = completion(&author, &task, &finished(), 0.0);
+        let bare = completion(&author, &task, &finished(), Spent::default());
         assert_eq!((bare.body.as_str(), bare.json), ("Hé.", true));
         let sent = message(&Author::default(), &answer, Some(vec![9]), 7);
         assert_eq!(
@@ -291,7 +310,15 @@ mod tests {
             sha256: "00".to_owned(),
             ..Author::default()
         };
-        let answer = completion(&author, &request(false, false), &finished(), 3.0);
+        let answer = completion(
+            &author,
+            &request(false, false),
+            &finished(),
+            Spent {
+                queue_ms: 3.0,
+                ..Spent::default()
+            },
+        );
         let Ok(Received::Completion(read)) = Received::parse(answer.body.as_bytes()) else {
             panic!()
         };
@@ -303,6 +330,8 @@ mod tests {
                 completion_tokens: 4,
                 total_tokens: 14,
                 prompt_tokens_details: PromptTokens { cached_tokens: 2 },
+                energy_j: None,
+                joules_per_token: None,
             }
         );
         assert_eq!(
@@ -310,6 +339,19 @@ mod tests {
             (400.0, 100.0)
         );
         assert!(read.ai_generated && read.model_sha256 == "00" && read.device == "dev");
+        assert!(!answer.body.contains("energy_j") && !answer.body.contains("joules"));
+        let spent = Spent {
+            energy_j: Some(3.0),
+            ..Spent::default()
+        };
+        let measured = completion(&author, &request(false, false), &finished(), spent);
+        let Ok(Received::Completion(read)) = Received::parse(measured.body.as_bytes()) else {
+            panic!()
+        };
+        assert_eq!(
+            (read.usage.energy_j, read.usage.joules_per_token),
+            (Some(3.0), Some(0.75))
+        );
     }
 
     #[test]

@@ -6,6 +6,7 @@
 pub mod authority;
 pub mod broker;
 pub mod client;
+pub mod database;
 pub mod device;
 pub mod example;
 pub mod http;

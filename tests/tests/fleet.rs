@@ -45,12 +45,15 @@ fn ask(client: &Client, numbers: std::ops::Range<usize>, max_tokens: u32) {
             "id": id, "messages": [{"role": "user", "content": format!("This is {id}.")}],
             "max_tokens": max_tokens, "temperature": 1,
         });
-        let message = Outgoing {
-            topic: "pipit/v1/pool/p/req".to_owned(),
-            payload: body.to_string().into_bytes(),
-            ..Outgoing::default()
-        };
-        client.ask(&id, message);
+        client.ask(&id, to_pool("req", &body));
+    }
+}
+
+fn to_pool(leaf: &str, body: &Value) -> Outgoing {
+    Outgoing {
+        topic: format!("pipit/v1/pool/p/{leaf}"),
+        payload: body.to_string().into_bytes(),
+        ..Outgoing::default()
     }
 }
 
@@ -252,6 +255,33 @@ fn a_member_without_a_model_takes_nothing() -> Result<()> {
         shares == BTreeMap::from([("sound".to_owned(), 200)]),
         "{shares:?}"
     );
+    Ok(())
+}
+
+#[test]
+fn what_a_member_holds_can_be_cancelled_and_expires() -> Result<()> {
+    let model = Tiny::make()?;
+    let broker = Broker::forgetful()?;
+    let devices = members(&broker, &model, &["solo"])?;
+    let filters = [ANSWERS, "pipit/v1/pool/p/member/+"];
+    let client = Client::connect(broker.port(), "client", &filters)?;
+    process::signal("STOP", devices[0].worker()?)?;
+    ask(&client, 0..PLACES + 2, 8);
+    let body = json!({"id": "late", "messages": [{"role": "user", "content": "Hello"}], "deadline_ms": 300});
+    client.ask("late", to_pool("req", &body));
+    client.wait(PATIENCE, "what it does not take", |seen| {
+        seen.json("pipit/v1/pool/p/member/solo")["held"] == 3 || seen.answers.contains_key("late")
+    })?;
+    let held = format!("r{}", PLACES + 1);
+    client.send(to_pool("cancel", &json!({"id": held})));
+    for (id, code) in [("late", "expired"), (held.as_str(), "cancelled")] {
+        client.wait(PATIENCE, code, |seen| seen.answers.contains_key(id))?;
+        let error = client.see(|seen| seen.answers[id][0].error.clone());
+        ensure!(error.as_deref() == Some(code), "{id}: {error:?}");
+    }
+    process::signal("CONT", devices[0].worker()?)?;
+    client.wait_answered(PATIENCE)?;
+    ensure!(client.check_promise()? == 0);
     Ok(())
 }
 

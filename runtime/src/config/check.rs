@@ -239,6 +239,7 @@ impl Config {
             ("broker.certificate", &self.broker.certificate),
             ("broker.key", &self.broker.key),
             ("http.key_file", &self.http.key_file),
+            ("metrics.energy_sensor", &self.metrics.energy_sensor),
         ];
         let named = named
             .into_iter()

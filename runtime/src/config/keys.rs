@@ -58,6 +58,7 @@ impl Key {
                 (section, self.name.as_str()),
                 (None, "state_dir")
                     | (Some("model"), "path")
+                    | (Some("metrics"), "energy_sensor")
                     | (Some("broker"), "ca" | "certificate" | "key" | "password_file")
                     | (Some("http"), "key_file")
             )
@@ -223,7 +224,10 @@ mod tests {
             // The right name in the wrong place.
             ("n_ctx", "did you mean `model.n_ctx`?"),
             ("model.temperature", "did you mean `sampling.temperature`?"),
-            ("metrics.zzzzzzzzz", "known are metrics.interval_s"),
+            (
+                "metrics.zzzzzzzzz",
+                "known are metrics.interval_s, metrics.energy_sensor",
+            ),
         ] {
             assert_eq!(keys.hint(&Key::parse(wrong), Key::to_string), hint, "{wrong}");
         }

@@ -272,10 +272,15 @@ impl Default for JournalSection {
 pub struct MetricsSection {
     /// Seconds between two messages; 0 sends none.
     pub interval_s: u64,
+    /// File of the sensor that measures what the board draws; by default the one nearest to the whole board.
+    pub energy_sensor: Option<PathBuf>,
 }
 
 impl Default for MetricsSection {
     fn default() -> Self {
-        Self { interval_s: 30 }
+        Self {
+            interval_s: 30,
+            energy_sensor: None,
+        }
     }
 }

@@ -16,6 +16,7 @@ use tokio::sync::mpsc;
 
 use crate::clock::{elapsed_ms, unix_ms};
 use crate::config::Config;
+use crate::energy::Meter;
 use crate::fault;
 use crate::health::{self, Counters, State};
 use crate::journal::table::{Bounds, Stage, Table};
@@ -71,6 +72,8 @@ struct Running {
     cancelled: bool,
     /// It was ended because it took too long.
     late: bool,
+    /// Its share of what was drawn since it began; `None` where nobody knows.
+    energy_j: Option<f64>,
 }
 
 /// What a commit of the journal is waited for.
@@ -174,6 +177,7 @@ pub struct Service {
     pool: Option<Pool>,
     askers: Askers,
     shown: Shown,
+    meter: Option<Meter>,
 }
 
 impl std::fmt::Debug for Service {
@@ -204,6 +208,7 @@ impl Service {
             pool: None,
             askers: Askers::default(),
             shown: Shown::of(models.state()),
+            meter: None,
             models,
             tasks,
             topics: Topics::new(&config.root, &config.device),
@@ -253,6 +258,11 @@ impl Service {
             heard: Instant::now(),
             config,
         }
+    }
+
+    /// Measures energy from now on.
+    pub fn measure_with(&mut self, meter: Option<Meter>) {
+        self.meter = meter;
     }
 
     /// Takes up what the journal says is still owed.
@@ -473,6 +483,7 @@ impl Service {
             tracing::warn!("heat: {:?}", self.thermal.step().unwrap_or_default());
             self.ease();
         }
+        self.measure_energy();
         self.evict();
         if self.journal_bytes > COMPACT_BYTES && self.journal_bytes > 3 * self.table.bytes() as u64 {
             self.writer.compact(self.table.records());

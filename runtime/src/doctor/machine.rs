@@ -1,4 +1,4 @@
-//! The machine: threads, temperature, throttling, clock.
+//! The machine: threads, temperature, throttling, energy, clock.
 //!
 //! Source: the kernel's Documentation/ABI/testing/sysfs-class-thermal and sysfs-devices-system-cpu; for a Raspberry
 //! Pi the bits of `vcgencmd get_throttled` (Raspberry Pi documentation, os.html).
@@ -10,6 +10,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use super::{Finding, State};
 use crate::config::{Address, Config};
 use crate::cores::Cores;
+use crate::energy::Meter;
 use crate::{clock, thermal};
 
 /// Degrees below the temperature where the kernel slows the machine down.
@@ -25,6 +26,7 @@ pub fn findings(config: &Config, root: &Path) -> Vec<Finding> {
         threads(config, &Cores::read(root)),
         temperature(root),
         throttling(root),
+        energy(config, root),
         clock(config, now),
     ]
 }
@@ -69,6 +71,25 @@ fn temperature(root: &Path) -> Finding {
         Finding::new(WHAT, State::Warn, says).hint("under load it will slow down: a heat sink or a fan")
     } else {
         Finding::new(WHAT, State::Ok, says)
+    }
+}
+
+/// The sensor by which energy is measured.
+fn energy(config: &Config, root: &Path) -> Finding {
+    const WHAT: &str = "energy";
+    match &config.metrics.energy_sensor {
+        Some(path) => match Meter::of(path) {
+            Ok(meter) => Finding::new(WHAT, State::Ok, meter.name()),
+            Err(error) => Finding::of_error(WHAT, &error),
+        },
+        None => match Meter::find(root) {
+            Some(meter) => Finding::new(WHAT, State::Ok, meter.name()),
+            None => Finding::new(
+                WHAT,
+                State::Info,
+                "this machine has no sensor that this user may read",
+            ),
+        },
     }
 }
 
@@ -167,6 +188,23 @@ mod tests {
         assert_eq!(temperature(root).state, State::Ok);
         write(root, "sys/class/thermal/thermal_zone3/temp", "91000");
         assert_eq!(temperature(root).state, State::Fail);
+    }
+
+    #[test]
+    fn energy_by_what_sensor_there_is() {
+        let folder = tempfile::tempdir().unwrap();
+        let root = folder.path();
+        let mut config = Config::default();
+        assert_eq!(energy(&config, root).state, State::Info);
+        write(root, "sys/class/hwmon/hwmon0/name", "ina226\n");
+        write(root, "sys/class/hwmon/hwmon0/power1_input", "2500000\n");
+        let found = energy(&config, root);
+        assert_eq!(
+            (found.state, found.says.as_str()),
+            (State::Ok, "hwmon ina226 power1")
+        );
+        config.metrics.energy_sensor = Some(root.join("sys/class/hwmon/hwmon0/name"));
+        assert_eq!(energy(&config, root).state, State::Fail);
     }
 
     #[test]

@@ -32,6 +32,8 @@ pub(super) fn text(view: &View) -> String {
         temperature_c,
         thermal,
         power_w,
+        energy_j,
+        joules_per_token,
     } = &view.metrics;
     let mut page = Page(String::new());
     let (model, card) = (&view.card.model, &view.card);
@@ -93,10 +95,19 @@ pub(super) fn text(view: &View) -> String {
         ),
         ("temperature_celsius", "The hottest thermal zone.", *temperature_c),
         ("power_watts", "What the board draws.", *power_w),
+        (
+            "joules_per_token",
+            "Joules for each token generated since the start.",
+            *joules_per_token,
+        ),
     ] {
         if let Some(value) = value {
             page.single(&format!("pipit_{name}"), "gauge", help, value);
         }
+    }
+    if let Some(joules) = *energy_j {
+        let help = "What the board drew since the start.";
+        page.single("pipit_energy_joules_total", "counter", help, joules);
     }
     page.family(
         "pipit_resident_bytes",
@@ -175,7 +186,7 @@ mod tests {
         };
         let mut view = View {
             status: health::status("porch", State::Ready, None),
-            card: health::card(&config, &author, None),
+            card: health::card(&config, &author, None, None),
             metrics: Metrics {
                 accepted: 7,
                 tokens_per_second: 12.5,
@@ -196,8 +207,13 @@ mod tests {
             page.contains(r#"device="porch""#) && page.contains(r#"model="a \"model\"\n""#),
             "{page}"
         );
-        assert!(!page.contains("watts") && !page.contains("celsius"), "{page}");
+        assert!(
+            !page.contains("watts") && !page.contains("joules") && !page.contains("celsius"),
+            "{page}"
+        );
         view.metrics.power_w = Some(2.5);
-        assert!(text(&view).contains("\npipit_power_watts 2.5\n"));
+        view.metrics.energy_j = Some(40.5);
+        let page = text(&view);
+        assert!(page.contains("\npipit_power_watts 2.5\n") && page.contains("\npipit_energy_joules_total 40.5\n"));
     }
 }

@@ -75,8 +75,8 @@ impl ErrorAnswer {
     }
 }
 
-/// Tokens counted.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+/// Tokens counted, and the energy that they took.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct Usage {
     /// Tokens of the rendered prompt.
@@ -88,6 +88,13 @@ pub struct Usage {
     /// More about the prompt's.
     #[serde(default)]
     pub prompt_tokens_details: PromptTokens,
+    /// Joules that the sensor (the card's `board.energy_sensor`) measured while this answer was made, its share of them where
+    /// several were made at once; absent where there is no sensor.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub energy_j: Option<f64>,
+    /// The same for each token generated.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub joules_per_token: Option<f64>,
 }
 
 /// Tokens of a prompt.

@@ -119,6 +119,9 @@ pub struct Board {
     /// Memory of the machine.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub memory_bytes: Option<u64>,
+    /// The sensor by which energy is measured; what it does not see is not in any figure.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub energy_sensor: Option<String>,
 }
 
 /// The metrics topic: counters since the start, and what is measured now.
@@ -166,4 +169,10 @@ pub struct Metrics {
     /// What the board draws now, in watts, where a sensor measures it.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub power_w: Option<f64>,
+    /// Joules that it drew since the start, with and without work.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub energy_j: Option<f64>,
+    /// Joules for each token generated since the start: those of the answers alone.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub joules_per_token: Option<f64>,
 }

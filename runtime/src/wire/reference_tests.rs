@@ -376,7 +376,15 @@ fn what_a_device_sends_obeys_its_schema() {
         ("command-answer", json!(done)),
         ("cancel", json!(Cancel { id: "a".to_owned() })),
         ("status", json!(crate::health::status("dev", State::Ready, None))),
-        ("card", json!(crate::health::card(&config, &author, Some("a-1")))),
+        (
+            "card",
+            json!(crate::health::card(
+                &config,
+                &author,
+                Some("a-1"),
+                Some("hwmon ina219 power1")
+            )),
+        ),
         (
             "metrics",
             json!(crate::health::metrics(&counters, now, 0, 0, 0, None, None)),

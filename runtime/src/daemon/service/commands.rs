@@ -80,7 +80,12 @@ impl Service {
             return self.refuse_command(message, &envelope, why);
         }
         match (drain.join, self.has_left_pool()) {
-            (false, false) => return self.leave_as_ordered(envelope.id, reply, message.ack),
+            // Acknowledged at once: what comes behind it must not wait until the device is out. One that ends before is in
+            // the pool again when it is back.
+            (false, false) => {
+                self.leave_as_ordered(envelope.id, reply);
+                return self.ack(message.ack);
+            }
             (false, true) if !self.is_out_of_pool() => {
                 return self.refuse_command(message, &envelope, "it is leaving the pool already");
             }

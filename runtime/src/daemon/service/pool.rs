@@ -65,6 +65,8 @@ pub struct Pool {
     events: mpsc::Sender<(Door, Event)>,
     link: Link,
     connected: bool,
+    /// Why it is not connected.
+    reason: Option<String>,
     /// It has left.
     out: bool,
     fleet: Fleet,
@@ -112,6 +114,7 @@ impl Pool {
             options,
             events,
             connected: false,
+            reason: None,
             out: false,
             held: VecDeque::new(),
             given: VecDeque::new(),
@@ -174,7 +177,11 @@ impl Service {
                 self.pool_connected(door);
             }
             Event::Disconnected { reason } => {
-                tracing::debug!("no connection for the pool ({door:?}): {reason}");
+                // Once for each reason, and a session that its owner has taken back is no trouble.
+                if door == Door::Pool && pool.reason.as_ref() != Some(&reason) {
+                    tracing::warn!("no connection for the pool: {reason}; trying again");
+                    pool.reason = Some(reason);
+                }
                 // What was not acknowledged comes again, here or to whoever fetches it.
                 let come_again = |held: &Held| held.message.ack.is_some_and(|ack| ack.door() == door);
                 pool.held.retain(|held| !come_again(held));
@@ -223,7 +230,7 @@ impl Service {
                 .asked
                 .and_then(|(since, left)| Some((since, left.checked_sub(1).filter(|&left| left > 0)?)));
             if let Some(held) = self.read_held(message.clone())
-                && let Err(held) = self.take_held(held)
+                && let Some(held) = self.take_held(held)
             {
                 self.hold(held);
             }
@@ -314,7 +321,7 @@ impl Service {
             let Some(held) = self.pool.as_mut().and_then(|pool| pool.held.pop_front()) else {
                 break;
             };
-            if let Err(held) = self.take_held(held) {
+            if let Some(held) = self.take_held(held) {
                 if let Some(pool) = &mut self.pool {
                     pool.held.push_front(held);
                 }
@@ -326,17 +333,17 @@ impl Service {
     }
 
     /// Takes one into the journal; gives it back when that cannot be now.
-    fn take_held(&mut self, mut held: Held) -> Result<(), Held> {
+    fn take_held(&mut self, mut held: Held) -> Option<Held> {
         let key = held.request.key();
         if self.table.stage(&key).is_none() && self.cannot_take(&key).is_some() {
-            return Err(held);
+            return Some(held);
         }
         held.request.deadline_ms = held.left_ms();
         self.parsed(Ok(*held.request), &held.message);
         if let (Some(pool), Some(Stage::Accepted(_))) = (&mut self.pool, self.table.stage(&key)) {
             pool.taken.insert(key);
         }
-        Ok(())
+        None
     }
 
     fn cancel_held(&mut self, payload: &[u8]) {
@@ -368,12 +375,12 @@ impl Service {
         let (refused, kept) = std::mem::take(&mut pool.held).into_iter().partition(which);
         pool.held = kept;
         let refused: VecDeque<Held> = refused;
-        for held in refused {
+        for held in &refused {
             self.refuse_held(held, code, why);
         }
     }
 
-    fn refuse_held(&mut self, held: Held, code: ErrorCode, why: &str) {
+    fn refuse_held(&mut self, held: &Held, code: ErrorCode, why: &str) {
         let answer = reply::error(&held.request.reply, &held.request.id, code, why);
         self.refuse(held.message.ack, answer);
     }

@@ -5,6 +5,7 @@
 use std::time::{Duration, Instant};
 
 use super::{OnDelivery, Service};
+use crate::energy::Meter;
 use crate::health::{self, State};
 use crate::mqtt::Outgoing;
 use crate::wire::{Card, Metrics, Status};
@@ -50,7 +51,8 @@ impl Service {
 
     /// What the device is and serves.
     pub(super) fn card(&self) -> Card {
-        health::card(&self.config, &self.author, self.models.served_id())
+        let sensor = self.meter.as_ref().map(Meter::name);
+        health::card(&self.config, &self.author, self.models.served_id(), sensor)
     }
 
     /// Says what the device can.

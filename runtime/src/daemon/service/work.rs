@@ -11,7 +11,7 @@ use crate::engine::{Finished, FromWorker, Job, ToWorker, sampler};
 use crate::journal::Key;
 use crate::journal::table::Stage;
 use crate::queue::{Next, Waiting};
-use crate::reply::{self, Stream};
+use crate::reply::{self, Spent, Stream};
 use crate::transcript;
 use crate::wire::{ErrorCode, Request};
 use crate::worker::Event as WorkerEvent;
@@ -83,7 +83,9 @@ impl Service {
                 began: None,
                 cancelled: false,
                 late: false,
+                energy_j: self.meter.is_some().then_some(0.0),
             };
+            self.measure_energy();
             self.running.insert(job, running);
         }
     }
@@ -187,6 +189,7 @@ impl Service {
                 self.chunks();
             }
             FromWorker::Done { job, finished } => {
+                self.measure_energy();
                 if let Some(running) = self.running.remove(&job) {
                     self.finish(running, &finished);
                 }
@@ -202,6 +205,27 @@ impl Service {
                 self.dispatch();
             }
             FromWorker::Heartbeat => {}
+        }
+    }
+
+    /// Shares what was drawn since the last reading among the requests under way, in equal parts. Those that wait in the
+    /// worker for a slot, which takes them in order, have no part in it.
+    pub(super) fn measure_energy(&mut self) {
+        let Some(meter) = &mut self.meter else { return };
+        let joules = meter.read(Instant::now());
+        self.counters.power_w = meter.watts();
+        if let Some(joules) = joules {
+            *self.counters.energy_j.get_or_insert(0.0) += joules;
+        }
+        let mut jobs: Vec<u64> = self.running.keys().copied().collect();
+        jobs.sort_unstable();
+        jobs.truncate(self.config.model.slots as usize);
+        let share = joules.map(|joules| joules / jobs.len() as f64);
+        for job in jobs {
+            if let Some(running) = self.running.get_mut(&job) {
+                // With a part of it unknown, the whole is.
+                running.energy_j = running.energy_j.zip(share).map(|(sum, share)| sum + share);
+            }
         }
     }
 
@@ -306,7 +330,15 @@ impl Service {
         }
         let began = running.began.unwrap_or_else(Instant::now);
         let queue_ms = (began - running.since).as_secs_f64() * 1000.0;
-        let mut answer = reply::completion(&self.author, &running.request, finished, queue_ms);
+        if let Some(joules) = running.energy_j {
+            self.counters.answers_j += joules;
+            self.counters.answers_j_tokens += u64::from(finished.completion_tokens);
+        }
+        let spent = Spent {
+            queue_ms,
+            energy_j: running.energy_j,
+        };
+        let mut answer = reply::completion(&self.author, &running.request, finished, spent);
         answer.fingerprint.clone_from(&running.request.fingerprint);
         tracing::info!(
             id = running.request.id,

@@ -9,6 +9,7 @@ use super::{ANSWER, Held, MOST_GIVEN, OnDelivery, Service};
 use crate::mqtt::{Delivery, Outgoing};
 use crate::wire::ErrorCode;
 use crate::wire::pool::Give;
+use crate::wire::topics::valid_id;
 
 impl Service {
     /// Asks the member that holds the most for as many as there is room for.
@@ -39,6 +40,9 @@ impl Service {
 
     /// Gives a member what it has room for.
     pub(super) fn give(&mut self, give: &Give) {
+        if !valid_id(&give.device) {
+            return;
+        }
         for _ in 0..give.places {
             let Some(pool) = &mut self.pool else { return };
             let Some(held) = pool.held.pop_front() else {
@@ -58,7 +62,7 @@ impl Service {
         let left_ms = held.left_ms();
         if left_ms == Some(0) {
             self.refuse_held(
-                held,
+                &held,
                 ErrorCode::Expired,
                 "the deadline passed before the work began",
             );
@@ -106,7 +110,7 @@ impl Service {
                 let alone = pool.leaving.is_some();
                 if !alone {
                     pool.held.push_front(held);
-                } else if let Err(held) = self.take_held(held) {
+                } else if let Some(held) = self.take_held(held) {
                     self.hold(held);
                 }
             }
@@ -131,7 +135,7 @@ impl Service {
         true
     }
 
-    /// Gives what it has not taken back to the pool, while it leaves.
+    /// Gives what it has not taken back to the pool, while it leaves. Where nobody else is in, it takes it after all.
     pub(super) fn give_back(&mut self) {
         loop {
             let Some(pool) = &mut self.pool else { return };
@@ -140,14 +144,19 @@ impl Service {
                 return;
             }
             let Some(held) = pool.held.pop_front() else { return };
-            leaving.given_back += 1;
-            let topic = pool.topics.shared().request();
-            if !self.hand(held, topic) {
-                return;
+            if pool.fleet.has_others() {
+                leaving.given_back += 1;
+                let topic = pool.topics.shared().request();
+                if !self.hand(held, topic) {
+                    return;
+                }
+            } else if let Some(held) = self.take_held(held) {
+                return self.hold(held);
             }
         }
     }
 
+    /// Whether one is on its way to another member.
     pub(super) fn is_handing(&self, which: impl Fn(&Held) -> bool) -> bool {
         self.on_delivery
             .values()

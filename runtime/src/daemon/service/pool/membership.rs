@@ -8,7 +8,7 @@ use serde_json::json;
 
 use super::{Pool, Service, open};
 use crate::journal::table::Stage;
-use crate::mqtt::{Ack, Door, Link, Outgoing};
+use crate::mqtt::{Door, Link, Outgoing};
 use crate::wire::Reply;
 use crate::wire::pool::{Member, Membership};
 
@@ -24,11 +24,7 @@ pub(super) enum Why {
     /// It can answer nothing for a while.
     Broken,
     /// An administrator said so.
-    Ordered {
-        id: String,
-        reply: Reply,
-        ack: Option<Ack>,
-    },
+    Ordered { id: String, reply: Reply },
 }
 
 /// A member on its way out.
@@ -78,7 +74,7 @@ impl Service {
         }
         if let Some(pool) = &mut self.pool {
             tracing::info!("in the pool");
-            (pool.connected, pool.said) = (true, None);
+            (pool.connected, pool.said, pool.reason) = (true, None, None);
         }
     }
 
@@ -109,10 +105,11 @@ impl Service {
             let matters = said.state != member.state || (said.held == 0) != (member.held == 0);
             *said != member && (matters || at.elapsed() > BETWEEN)
         });
-        if due && self.say_member(&self.config.device.clone(), payload(member.state, member.held)) {
-            if let Some(pool) = &mut self.pool {
-                pool.said = Some((member, Instant::now()));
-            }
+        if due
+            && self.say_member(&self.config.device.clone(), payload(member.state, member.held))
+            && let Some(pool) = &mut self.pool
+        {
+            pool.said = Some((member, Instant::now()));
         }
     }
 
@@ -131,8 +128,8 @@ impl Service {
     }
 
     /// An administrator takes this device out of the pool.
-    pub(in super::super) fn leave_as_ordered(&mut self, id: String, reply: Reply, ack: Option<Ack>) {
-        self.leave(Why::Ordered { id, reply, ack });
+    pub(in super::super) fn leave_as_ordered(&mut self, id: String, reply: Reply) {
+        self.leave(Why::Ordered { id, reply });
     }
 
     fn leave(&mut self, why: Why) {
@@ -161,9 +158,9 @@ impl Service {
 
     /// Whether this device may end as far as the pool is concerned.
     pub(in super::super) fn is_done_with_pool(&self) -> bool {
-        self.pool
-            .as_ref()
-            .is_none_or(|pool| pool.taken.is_empty() && (pool.out || pool.leaving.is_none()))
+        self.pool.as_ref().is_none_or(|pool| {
+            pool.taken.is_empty() && (pool.out || pool.leaving.is_none() || !self.connected)
+        })
     }
 
     /// Whether it has work of the pool to finish.
@@ -194,14 +191,13 @@ impl Service {
         (pool.out, pool.connected) = (true, false);
         close(&pool.link);
         let order = match &leaving.why {
-            Why::Ordered { id, reply, ack } => Some((id.clone(), reply.clone(), *ack)),
+            Why::Ordered { id, reply } => Some((id.clone(), reply.clone())),
             Why::Stopped | Why::Broken => None,
         };
         self.say_member(&self.config.device.clone(), Vec::new());
-        if let Some((id, reply, ack)) = order {
+        if let Some((id, reply)) = order {
             let result = json!({"in_pool": false, "given_back": given_back});
             self.say(reply, Self::command_body(&id, "drain", result));
-            self.ack(ack);
         }
     }
 
