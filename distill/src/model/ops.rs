@@ -12,7 +12,6 @@ mod composed;
 mod cross_entropy;
 mod distillation;
 mod embedding;
-mod few_rows;
 mod frozen;
 mod gemm;
 mod glu;

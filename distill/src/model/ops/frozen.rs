@@ -5,7 +5,6 @@ use std::sync::Arc;
 use candle_core::{Result, Tensor};
 use rayon::prelude::*;
 
-use super::few_rows;
 use super::gemm::{Mat, Threads, gemm};
 use super::real::{Real, with_elements};
 use crate::model::QuantizedRows;
@@ -82,23 +81,7 @@ impl Frozen {
         Ok(y)
     }
 
-    /// The same of a layer: few rows, those of tokens that are drawn, go a faster way with bits of its own. The output
-    /// layer's loss does not go it, since no bit of it may depend on the size of a chunk.
-    pub(crate) fn forward_layer<T: Real>(
-        &self,
-        op: &str,
-        x: &[T],
-        (rows, input, out): (usize, usize, usize),
-    ) -> Result<Vec<T>> {
-        match self {
-            Self::Dense(weight) if few_rows::is_for(rows) => with_elements(&weight.detach(), op, |weight| {
-                Ok(few_rows::product(x, weight, (rows, input, out)))
-            }),
-            _ => self.forward(op, x, (rows, input, out)),
-        }
-    }
-
-    /// The same as [`forward`](Self::forward) into `y`, `[rows, out]`, whose old content is not read.
+    /// The same into `y`, `[rows, out]`, whose old content is not read.
     pub(crate) fn forward_into<T: Real>(
         &self,
         op: &str,

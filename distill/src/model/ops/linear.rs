@@ -4,7 +4,6 @@
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor, WithDType};
 
 use super::composed;
-use super::few_rows;
 use super::frozen::Frozen;
 use super::gemm::{Mat, Threads, gemm};
 use super::real::{Real, dtype, elements, for_real, tensor, with_elements};
@@ -45,9 +44,6 @@ pub(crate) fn sizes(x: &[usize], weight: &[usize]) -> Result<(usize, usize, usiz
 
 /// x·Wᵀ.
 pub(crate) fn forward<T: Real>(x: &[T], weight: &[T], (rows, input, out): (usize, usize, usize)) -> Vec<T> {
-    if few_rows::is_for(rows) {
-        return few_rows::product(x, weight, (rows, input, out));
-    }
     let mut y = vec![T::zero(); rows * out];
     gemm(
         &mut y,
@@ -103,7 +99,7 @@ impl CustomOp1 for FrozenLinear {
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let sizes = self.weight.sizes(layout.dims())?;
         for_real!(dtype(x), OP, T => {
-            let y = self.weight.forward_layer::<T>(OP, elements(x, layout, OP)?, sizes)?;
+            let y = self.weight.forward::<T>(OP, elements(x, layout, OP)?, sizes)?;
             Ok((T::to_cpu_storage_owned(y), Shape::from((sizes.0, sizes.2))))
         })
     }

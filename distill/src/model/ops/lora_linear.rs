@@ -191,7 +191,7 @@ impl CustomOp3 for LoraLinear {
         for_real!(dtype(x), OP, T => {
             let x = elements::<T>(x, x_layout, OP)?;
             let (a, b) = (elements::<T>(a, a_layout, OP)?, elements::<T>(b, b_layout, OP)?);
-            let mut y = self.weight.forward_layer(OP, x, (rows, input, out))?;
+            let mut y = self.weight.forward(OP, x, (rows, input, out))?;
             let down = linear::forward(&self.dropped(x), a, (rows, input, r));
             gemm(&mut y, out, 1.0, self.scale, Mat::new(&down, rows, r), Mat::new(b, out, r).t(), Threads::All);
             let _ = self.down.set(tensor(down, &[rows, r])?);
