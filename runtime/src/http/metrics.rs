@@ -214,6 +214,8 @@ mod tests {
         view.metrics.power_w = Some(2.5);
         view.metrics.energy_j = Some(40.5);
         let page = text(&view);
-        assert!(page.contains("\npipit_power_watts 2.5\n") && page.contains("\npipit_energy_joules_total 40.5\n"));
+        assert!(
+            page.contains("\npipit_power_watts 2.5\n") && page.contains("\npipit_energy_joules_total 40.5\n")
+        );
     }
 }

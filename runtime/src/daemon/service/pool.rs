@@ -246,7 +246,9 @@ impl Service {
             );
             return self.ack(message.ack);
         }
-        let Some(held) = self.read_held(message) else { return };
+        let Some(held) = self.read_held(message) else {
+            return;
+        };
         if held.message.duplicate {
             if self.was_given(&held) || self.is_still_ours(&held) {
                 return;
