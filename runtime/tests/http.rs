@@ -373,6 +373,25 @@ fn who_goes_away_takes_the_request_back() {
     });
     body["max_tokens"] = json!(4);
     assert_eq!(device.ask(&body).json()["usage"]["completion_tokens"], 4);
+    // One that somebody else takes back, over MQTT.
+    let mut body = question("Tell a very long story.", 2000);
+    body["id"] = json!("taken");
+    let mut taken = device.begin("POST", CHAT, &kind, body.to_string().as_bytes());
+    wait_for("it runs", Duration::from_secs(10), || {
+        device.metric("pipit_requests_running") == 1.0
+    });
+    let port = device.broker.to_string();
+    let cancel = ["-p", &port, "-q", "1", "-t", "pipit/v1/dev/cancel", "-m", "taken"];
+    assert!(
+        Command::new("mosquitto_pub")
+            .args(cancel)
+            .status()
+            .unwrap()
+            .success()
+    );
+    let mut bytes = Vec::new();
+    taken.read_to_end(&mut bytes).unwrap();
+    assert_eq!(Response::read(&bytes).refusal(), (499, "cancelled".to_owned()));
 }
 
 #[test]
