@@ -50,7 +50,12 @@ impl Fleet {
             .map(|(name, _)| name)
     }
 
-    /// It had nothing, whatever it said.
+    /// Whether a member holds requests, as far as is known.
+    pub fn holds(&self, device: &str) -> bool {
+        self.members.get(device).is_some_and(|member| member.held > 0)
+    }
+
+    /// It was asked for so many, whatever it said.
     pub fn gave(&mut self, device: &str, requests: u64) {
         if let Some(member) = self.members.get_mut(device) {
             member.held = member.held.saturating_sub(requests);
@@ -103,6 +108,7 @@ mod tests {
         assert_eq!(fleet.richest(), Some("a"));
         fleet.hear("a", b"");
         assert_eq!(fleet.richest(), None);
+        assert!(!fleet.holds("a") && fleet.holds("b"));
     }
 
     #[test]

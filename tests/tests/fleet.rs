@@ -14,6 +14,10 @@ use pipit_tests::process;
 use serde_json::{Value, json};
 
 const ANSWERS: &str = "pipit/v1/pool/p/res/#";
+/// Requests by which the speed of a member is measured.
+const OWN: usize = 100;
+/// Tokens of an answer that takes longer than its way through the pool: those of the random model take 0.2 ms each.
+const LONG: u32 = 96;
 /// Requests that a member takes at most before one is answered: two slots and two ahead.
 const PLACES: usize = 4;
 
@@ -85,38 +89,62 @@ fn members_share_a_thousand_prompts_in_proportion_to_their_speed() -> Result<()>
     let model = Tiny::make()?;
     let broker = Broker::forgetful()?;
     let devices = members(&broker, &model, &["fast", "half", "quarter"])?;
-    let client = Client::connect(broker.port(), "client", &[ANSWERS])?;
+    let client = Client::connect(broker.port(), "client", &[ANSWERS, "pipit/v1/+/res/#"])?;
     let done = AtomicBool::new(false);
-    let (took, last) = std::thread::scope(|scope| {
+    let (speeds, took, last) = std::thread::scope(|scope| {
         for (device, part) in devices.iter().zip([1.0, 0.5, 0.25]) {
             let (worker, done) = (device.worker()?, &done);
             if part < 1.0 {
                 scope.spawn(move || slow_down(worker, part, done));
             }
         }
+        // Their speeds: what each has answered of its own when the first has answered all.
+        let own =
+            |device: &Device, number: usize| format!("{}-{number}", device.topic("own").replace('/', "."));
+        for number in 0..OWN {
+            for device in &devices {
+                let id = own(device, number);
+                client.ask(&id, device.request(&id, "How fast?", LONG));
+            }
+        }
+        let mut speeds = BTreeMap::new();
+        let result = client.wait(PATIENCE, "the first to be done", |seen| {
+            speeds = shares(seen);
+            speeds.values().any(|&count| count == OWN)
+        });
+        let result = result.and_then(|()| client.wait_answered(PATIENCE));
         let started = Instant::now();
-        ask(&client, 0..1000, 48);
+        ask(&client, 0..1000, LONG);
         // When each of them was last seen to have answered one more.
         let mut last: BTreeMap<String, (usize, Duration)> = BTreeMap::new();
-        let result = client.wait(PATIENCE, "a thousand answers", |seen| {
-            for (device, count) in shares(seen) {
-                let entry = last.entry(device).or_default();
-                if count > entry.0 {
-                    *entry = (count, started.elapsed());
+        let result = result.and_then(|()| {
+            client.wait(PATIENCE, "a thousand answers", |seen| {
+                for (device, count) in shares(seen) {
+                    let count = count - OWN;
+                    let entry = last.entry(device).or_default();
+                    if count > entry.0 {
+                        *entry = (count, started.elapsed());
+                    }
                 }
-            }
-            seen.unanswered().is_empty()
+                seen.unanswered().is_empty()
+            })
         });
         done.store(true, Ordering::Relaxed);
-        result.map(|()| (started.elapsed(), last))
+        result.map(|()| (speeds, started.elapsed(), last))
     })?;
     println!("1000 answers in {:.1} s", took.as_secs_f64());
+    let all: usize = speeds.values().sum();
     for (device, (count, at)) in &last {
-        println!("{device}: {count}, the last one after {:.1} s", at.as_secs_f64());
+        let due = 1000.0 * speeds[device] as f64 / all as f64;
+        println!(
+            "{device}: {count}, by its speed {due:.0}, the last one after {:.1} s",
+            at.as_secs_f64()
+        );
     }
     ensure!(client.check_promise()? == 0, "no answer comes twice");
     ensure!(last.len() == 3, "{last:?}");
-    // Nobody had nothing to do while others had: that is what in proportion to their speed means.
+    // Nobody had nothing to do while others had: that is what in proportion to their speed means, also where the speeds
+    // change with what else the machine has to do, as those above may have.
     for (device, (_, at)) in &last {
         ensure!(
             at.as_secs_f64() > 0.9 * took.as_secs_f64(),

@@ -32,7 +32,7 @@ mod membership;
 use adoption::{Adopting, Estate};
 use membership::Leaving;
 
-/// A question for requests is not answered when all of them went elsewhere: then the next one is due.
+/// A question for requests may be lost, at QoS 0: then the next one is due.
 const ANSWER: Duration = Duration::from_millis(500);
 /// Requests given away that are remembered, for the case that the broker sends one again.
 const MOST_GIVEN: usize = 1024;
@@ -58,6 +58,14 @@ impl Held {
     }
 }
 
+/// A question for requests.
+struct Asked {
+    member: String,
+    since: Instant,
+    /// How many are still to come.
+    left: u64,
+}
+
 /// Everything about the pool that this device belongs to.
 pub struct Pool {
     topics: PoolTopics,
@@ -75,8 +83,7 @@ pub struct Pool {
     given: VecDeque<String>,
     /// Accepted here, and not answered yet.
     taken: HashSet<Key>,
-    /// When others were asked for requests, and how many are still to come.
-    asked: Option<(Instant, u64)>,
+    asked: Option<Asked>,
     said: Option<(Member, Instant)>,
     /// When the last message of the shared subscription came.
     heard: Instant,
@@ -202,6 +209,12 @@ impl Service {
         let Some(pool) = &mut self.pool else { return };
         if let Some(member) = pool.topics.member_of(&message.topic) {
             pool.fleet.hear(member, &message.payload);
+            // It has given what it had.
+            let is_empty = !pool.fleet.holds(member);
+            pool.asked = pool
+                .asked
+                .take()
+                .filter(|asked| asked.member != member || !is_empty);
             if member == self.config.device && message.payload == membership::gone() {
                 // Our will of before.
                 pool.said = None;
@@ -226,9 +239,10 @@ impl Service {
             self.cancel_held(&message.payload);
             self.ack(message.ack);
         } else if !self.draining {
-            pool.asked = pool
-                .asked
-                .and_then(|(since, left)| Some((since, left.checked_sub(1).filter(|&left| left > 0)?)));
+            if let Some(asked) = &mut pool.asked {
+                asked.left = asked.left.saturating_sub(1);
+            }
+            pool.asked = pool.asked.take().filter(|asked| asked.left > 0);
             if let Some(held) = self.read_held(message.clone())
                 && let Some(held) = self.take_held(held)
             {

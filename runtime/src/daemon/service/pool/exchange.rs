@@ -5,7 +5,7 @@
 
 use std::time::Instant;
 
-use super::{ANSWER, Held, MOST_GIVEN, OnDelivery, Service};
+use super::{ANSWER, Asked, Held, MOST_GIVEN, OnDelivery, Service};
 use crate::mqtt::{Delivery, Outgoing};
 use crate::wire::ErrorCode;
 use crate::wire::pool::Give;
@@ -16,7 +16,10 @@ impl Service {
     pub(super) fn ask_for_more(&mut self) {
         let places = self.places() as u64;
         let Some(pool) = &mut self.pool else { return };
-        let waits = pool.asked.is_some_and(|(since, _)| since.elapsed() < ANSWER);
+        let waits = pool
+            .asked
+            .as_ref()
+            .is_some_and(|asked| asked.since.elapsed() < ANSWER);
         if places == 0 || waits || !self.connected || pool.out || pool.leaving.is_some() {
             return;
         }
@@ -28,8 +31,12 @@ impl Service {
             places,
         };
         pool.fleet.gave(&member, places);
-        pool.asked = Some((Instant::now(), places));
         let topic = pool.topics.give(&member);
+        pool.asked = Some(Asked {
+            member,
+            since: Instant::now(),
+            left: places,
+        });
         self.link.publish(Outgoing {
             topic,
             payload: serde_json::to_vec(&give).unwrap_or_default(),
