@@ -196,7 +196,7 @@ impl Body for Events {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::reply::{Author, completion, error};
+    use crate::reply::{Author, Spent, completion, error};
     use crate::wire::answer::{ChunkChoice, Delta};
     use crate::wire::{Reply, Request, Sampling};
 
@@ -245,7 +245,7 @@ mod tests {
             completion_tokens: 2,
             ..crate::engine::Finished::default()
         };
-        completion(&Author::default(), &request, &finished, 0.0)
+        completion(&Author::default(), &request, &finished, Spent::default())
     }
 
     /// The objects of some lines, and whether [DONE] is the last of them.
