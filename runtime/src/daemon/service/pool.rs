@@ -6,8 +6,7 @@
 //! queue, and a few more to give away), and one that has places free asks the one that holds the most.
 //!
 //! A request is acknowledged when it is in this device's journal, or when the broker has it for another member. Until
-//! then it is the broker's, and nothing is lost with this device: [`adoption`] is how another
-//! member fetches it.
+//! then it is the broker's, and nothing is lost with this device: `adoption` is how another member fetches it.
 
 use std::collections::{HashSet, VecDeque};
 use std::time::{Duration, Instant};

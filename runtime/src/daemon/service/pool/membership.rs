@@ -30,6 +30,8 @@ pub(super) enum Why {
 /// A member on its way out.
 pub(super) struct Leaving {
     why: Why,
+    /// The link had room for the order.
+    unsubscribed: bool,
     since: Instant,
     pub(super) given_back: u64,
 }
@@ -135,8 +137,8 @@ impl Service {
     fn leave(&mut self, why: Why) {
         let Some(pool) = &mut self.pool else { return };
         tracing::info!("leaving the pool");
-        pool.link.unsubscribe();
         pool.leaving = Some(Leaving {
+            unsubscribed: pool.link.unsubscribe(),
             why,
             since: Instant::now(),
             given_back: 0,
@@ -172,7 +174,11 @@ impl Service {
     fn left(&mut self) {
         let handing = self.is_handing(|_| true);
         let Some(pool) = &mut self.pool else { return };
-        let Some(leaving) = &pool.leaving else { return };
+        let Some(leaving) = &mut pool.leaving else { return };
+        if !leaving.unsubscribed {
+            leaving.unsubscribed = pool.link.unsubscribe();
+            leaving.since = Instant::now();
+        }
         let ordered = matches!(leaving.why, Why::Ordered { .. });
         let quiet = pool.heard.elapsed() > QUIET && leaving.since.elapsed() > QUIET;
         let owes = ordered && !pool.taken.is_empty();
