@@ -1,12 +1,15 @@
 //! The options of `sft`, which are those of `opd` too: flags, the same keys in a TOML file, and defaults.
 
 mod distillation;
+mod method;
 
 use std::path::{Path, PathBuf};
 
 pub use distillation::{
     DistillationConfig, DistillationOptions, LossName, OpdGiven, OpdSettings, RolloutSource,
 };
+pub use method::Method;
+use method::is_of_adapters;
 use pipit_convert::adapter::{Patterns, TargetModules};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -15,22 +18,6 @@ use super::UsageError;
 use crate::adapter::{Bias, InitLoraWeights, PromptTuningInit};
 use crate::optimizer::{Optim, Schedule};
 use crate::trainer::{Strategy, When};
-
-/// How weights are trained.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "lowercase")]
-pub enum Method {
-    /// Every weight.
-    Full,
-    /// Low-rank adapters on frozen weights.
-    Lora,
-    /// The same on weights of four bits: NF4, or the blocks of a GGUF file.
-    Qlora,
-    /// Embeddings before every sequence.
-    Prompt,
-    /// Keys and values before those of every block.
-    Prefix,
-}
 
 /// The four-bit types of bitsandbytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
@@ -41,63 +28,6 @@ pub enum QuantType {
     /// Four bits of a float; refused by name.
     Fp4,
 }
-
-impl Method {
-    /// Whether an option that says what an adapter looks like is for this method.
-    fn takes(self, key: &str) -> bool {
-        match self {
-            Self::Full => false,
-            Self::Lora => LORA.contains(&key),
-            Self::Qlora => LORA.contains(&key) || QLORA.contains(&key),
-            Self::Prompt => PROMPT.contains(&key),
-            Self::Prefix => PREFIX.contains(&key),
-        }
-    }
-
-    /// As `--method` spells it.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Full => "full",
-            Self::Lora => "lora",
-            Self::Qlora => "qlora",
-            Self::Prompt => "prompt",
-            Self::Prefix => "prefix",
-        }
-    }
-}
-
-/// The options that say what an adapter looks like, by method.
-const LORA: [&str; 16] = [
-    "r",
-    "lora_alpha",
-    "lora_dropout",
-    "target_modules",
-    "exclude_modules",
-    "layers_to_transform",
-    "layers_pattern",
-    "rank_pattern",
-    "alpha_pattern",
-    "use_rslora",
-    "use_dora",
-    "init_lora_weights",
-    "bias",
-    "lora_bias",
-    "modules_to_save",
-    "adapter",
-];
-const QLORA: [&str; 2] = ["bnb_4bit_quant_type", "bnb_4bit_use_double_quant"];
-const PROMPT: [&str; 4] = [
-    "num_virtual_tokens",
-    "prompt_tuning_init",
-    "prompt_tuning_init_text",
-    "adapter",
-];
-const PREFIX: [&str; 4] = [
-    "num_virtual_tokens",
-    "prefix_projection",
-    "encoder_hidden_size",
-    "adapter",
-];
 
 /// Values with commas between them.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -320,13 +250,6 @@ fn read_known(path: &Path, known: &[&str]) -> Result<String, UsageError> {
         }
     }
     Ok(text)
-}
-
-/// Whether an option says what an adapter looks like.
-fn is_of_adapters(key: &str) -> bool {
-    [&LORA[..], &QLORA, &PROMPT, &PREFIX]
-        .iter()
-        .any(|keys| keys.contains(&key))
 }
 
 impl SftOptions {
