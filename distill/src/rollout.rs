@@ -102,10 +102,10 @@ pub fn rollouts<D: Decode>(
     let mut open: Vec<usize> = Vec::new();
     let mut logits: Vec<f32> = Vec::new();
     loop {
-        // Prompts go through the model together: new ones begin when half of the places are free.
+        // Prompts go through the model together: new ones begin when a quarter of the places is free.
         let fit = options.width.saturating_sub(open.len()) / copies;
         let count = if open.is_empty() { fit.max(1) } else { fit };
-        if open.len() <= options.width / 2 && count > 0 && !waiting.is_empty() {
+        if open.len() <= options.width - options.width.div_ceil(4) && count > 0 && !waiting.is_empty() {
             let new: Vec<usize> = waiting.drain(..count.min(waiting.len())).collect();
             let ids: Vec<&[u32]> = new.iter().map(|i| prompts[*i]).collect();
             let behind = decoder.open(&ids, copies)?;

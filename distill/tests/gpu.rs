@@ -21,8 +21,7 @@ use support::{batch, difference, expected, fixture, floats, largest_difference, 
 const MODELS: [&str; 4] = ["tiny-tied", "tiny-qwen2", "tiny-qwen3", "tiny-gemma3"];
 const TRAIN: Mode = Mode {
     gradient: true,
-    dropout_seed: None,
-    base: false,
+    ..Mode::INFERENCE
 };
 
 fn gpu(precision: Precision) -> Place {

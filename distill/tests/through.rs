@@ -22,8 +22,7 @@ use support::{difference, floats, largest_difference};
 
 const TRAIN: Mode = Mode {
     gradient: true,
-    dropout_seed: None,
-    base: false,
+    ..Mode::INFERENCE
 };
 /// Mixes that give tensors different types, and types without one.
 const TYPES: [&str; 5] = ["Q4_0", "Q4_K_M", "Q5_1", "Q8_0", "IQ4_NL"];

@@ -49,6 +49,12 @@ impl Drop for Device {
 }
 
 impl Device {
+    fn terminate(&self) {
+        let pid = self.process.id().to_string();
+        let kill = Command::new("kill").args(["-TERM", &pid]).status();
+        assert!(kill.unwrap().success());
+    }
+
     fn start(settings: &[(&'static str, &str)]) -> Self {
         let (broker, http) = (free_port(), free_port());
         let mut all = vec![("PIPIT_HTTP__LISTEN", format!("127.0.0.1:{http}"))];
@@ -435,14 +441,7 @@ fn a_request_with_an_id_is_answered_after_kill_9_and_one_without_is_forgotten() 
     wait_for("it runs", Duration::from_secs(10), || {
         device.metric("pipit_requests_running") == 1.0
     });
-    let pid = device.process.id().to_string();
-    assert!(
-        Command::new("kill")
-            .args(["-TERM", &pid])
-            .status()
-            .unwrap()
-            .success()
-    );
+    device.terminate();
     let mut bytes = Vec::new();
     last.read_to_end(&mut bytes).unwrap();
     let last = Response::read(&bytes);
@@ -500,14 +499,7 @@ fn a_socket_a_key_and_a_device_that_cannot_answer() {
     for wrong in [&[][..], &["Authorization: Bearer k3"][..]] {
         assert_eq!(send(wrong, b"").refusal(), (401, "invalid_api_key".to_owned()));
     }
-    let pid = device.process.id().to_string();
-    assert!(
-        Command::new("kill")
-            .args(["-TERM", &pid])
-            .status()
-            .unwrap()
-            .success()
-    );
+    device.terminate();
     assert!(device.process.wait().unwrap().success());
     assert!(!socket.exists(), "the socket is left");
 }

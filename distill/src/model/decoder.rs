@@ -261,7 +261,7 @@ impl Model {
     /// The same for tokens that follow those in the cache, which takes them up. Without gradients. The sequences of a
     /// cache begin together.
     pub fn hidden_cached(&self, batch: &Batch, cache: &mut KvCache) -> Result<Tensor> {
-        let pass = self.pass(batch, cache.lengths(), Mode::INFERENCE);
+        let pass = self.pass(batch, cache.lengths(), Mode::DRAWN);
         let mut x = self.embed(batch, &pass)?;
         for (i, layer) in self.layers.iter().enumerate() {
             x = layer.forward(&x, &pass, &mut |q, k, v, heads| {
@@ -286,7 +286,13 @@ impl Model {
 
     /// The logits of hidden states, `[rows, hidden_size]` → `[rows, vocab_size]`, without a gradient.
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
-        self.head.logits(hidden, &self.embed_tokens.weight)
+        self.head
+            .logits(hidden, &self.embed_tokens.weight, Mode::INFERENCE)
+    }
+
+    /// The same of tokens that are drawn, from the states of [`hidden_cached`](Self::hidden_cached).
+    pub fn drawn_logits(&self, hidden: &Tensor) -> Result<Tensor> {
+        self.head.logits(hidden, &self.embed_tokens.weight, Mode::DRAWN)
     }
 
     /// The sum of −log p over the batch's labels (a scalar), from the hidden states after the last norm.

@@ -3,8 +3,9 @@
 use candle_core::{Result, Tensor};
 
 use super::ops::{
-    Distillation, Frozen, HeadAdapter, Targets, cross_entropy, distillation_loss, frozen_cross_entropy,
-    frozen_distillation_loss, frozen_linear, lora_cross_entropy, lora_distillation_loss,
+    Distillation, Frozen, HeadAdapter, Targets, cross_entropy, distillation_loss, drawn_linear,
+    frozen_cross_entropy, frozen_distillation_loss, frozen_linear, lora_cross_entropy,
+    lora_distillation_loss,
 };
 use super::{Lora, Mode, Weight};
 use crate::loss::Measures;
@@ -28,10 +29,11 @@ impl Head {
     }
 
     /// The logits of hidden states, `[rows, hidden_size]` → `[rows, vocabulary]`, without a gradient.
-    pub(super) fn logits(&self, hidden: &Tensor, embed_tokens: &Weight) -> Result<Tensor> {
+    pub(super) fn logits(&self, hidden: &Tensor, embed_tokens: &Weight, mode: Mode) -> Result<Tensor> {
         let (hidden, weight) = (hidden.detach(), self.weight(embed_tokens));
         match &self.lora {
-            Some(lora) => lora.forward(&hidden, weight, Mode::INFERENCE),
+            Some(lora) => lora.forward(&hidden, weight, mode),
+            None if mode.drawn => drawn_linear(&hidden, &weight.frozen()),
             None => frozen_linear(&hidden, &weight.frozen()),
         }
     }

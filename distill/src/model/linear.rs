@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use candle_core::{Result, Tensor};
 
-use super::ops::{frozen_linear, linear};
+use super::ops::{drawn_linear, frozen_linear, linear};
 use super::{Lora, Mode, Parameter, Weight};
 
 /// Sees the inputs of a linear layer.
@@ -48,6 +48,7 @@ impl Linear {
             (_, Weight::Dense(weight)) if mode.gradient && weight.var().is_some() => {
                 linear(x, weight.get(mode))?
             }
+            (_, weight) if mode.drawn => drawn_linear(x, &weight.frozen())?,
             (_, weight) => frozen_linear(x, &weight.frozen())?,
         };
         match &self.bias {

@@ -5,7 +5,9 @@ use std::sync::{Mutex, PoisonError};
 
 use candle_core::{Result, Tensor};
 
-use super::ops::{Adapted, Dropout, Frozen, embedding, frozen_linear, is_composed, linear, lora_linear};
+use super::ops::{
+    Adapted, Dropout, Frozen, drawn_linear, embedding, frozen_linear, is_composed, linear, lora_linear,
+};
 use super::{Mode, Parameter, Weight};
 use crate::random::mix;
 
@@ -115,18 +117,17 @@ impl Lora {
     /// x `[rows, in]` through the frozen weight and the adapter → `[rows, out]`, without the layer's own bias.
     pub(super) fn forward(&self, x: &Tensor, weight: &Weight, mode: Mode) -> Result<Tensor> {
         let (frozen, dropout) = (weight.frozen(), self.dropout(weight.name(), mode));
-        let (a, b) = (self.a.get(mode), self.b.get(mode));
         let y = match &self.magnitude {
-            None => lora_linear(x, &frozen, a, b, self.scale, dropout)?,
+            None => self.product(x, &frozen, mode, dropout)?,
             Some(magnitude) => {
                 let factors = self.factors(magnitude, &frozen, mode)?.to_dtype(x.dtype())?;
                 match dropout {
-                    None => lora_linear(x, &frozen, a, b, self.scale, None)?.broadcast_mul(&factors)?,
+                    None => self.product(x, &frozen, mode, None)?.broadcast_mul(&factors)?,
                     // PEFT drops the inputs of the whole product that the magnitudes multiply, and keeps the base's.
                     Some(dropout) => {
                         let dropped = (x * dropout.mask(x)?)?;
                         let kept = frozen_linear(&(x - &dropped)?, &frozen)?;
-                        let product = lora_linear(&dropped, &frozen, a, b, self.scale, None)?;
+                        let product = self.product(&dropped, &frozen, mode, None)?;
                         (kept + product.broadcast_mul(&factors)?)?
                     }
                 }
@@ -136,6 +137,17 @@ impl Lora {
             Some(bias) => y.broadcast_add(&(bias.get(mode) * self.scale)?.to_dtype(y.dtype())?),
             None => Ok(y),
         }
+    }
+
+    /// x·(W + scale·B·A)ᵀ.
+    fn product(&self, x: &Tensor, weight: &Frozen, mode: Mode, dropout: Option<Dropout>) -> Result<Tensor> {
+        let (a, b) = (self.a.get(mode), self.b.get(mode));
+        if !mode.drawn || is_composed(x) {
+            return lora_linear(x, weight, a, b, self.scale, dropout);
+        }
+        let down = drawn_linear(x, &Frozen::Dense(a.clone()))?;
+        let low_rank = drawn_linear(&down, &Frozen::Dense(b.clone()))?;
+        drawn_linear(x, weight)? + (low_rank * self.scale)?
     }
 
     /// What every output of the layer is multiplied by, `[out]`, where the adapter is DoRA's.

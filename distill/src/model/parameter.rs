@@ -11,18 +11,26 @@ pub struct Mode {
     pub dropout_seed: Option<u64>,
     /// Whether adapters are left out: what is asked is the model that they stand on.
     pub base: bool,
+    /// Whether tokens are drawn: a product with few rows then goes a faster way, with bits of its own.
+    pub drawn: bool,
 }
 
 impl Mode {
-    /// For evaluation and generation: no gradients, no dropout.
+    /// For evaluation: no gradients, no dropout.
     pub const INFERENCE: Self = Self {
         gradient: false,
         dropout_seed: None,
         base: false,
+        drawn: false,
     };
     /// The same without adapters.
     pub const BASE: Self = Self {
         base: true,
+        ..Self::INFERENCE
+    };
+    /// For the tokens of answers.
+    pub const DRAWN: Self = Self {
+        drawn: true,
         ..Self::INFERENCE
     };
 }

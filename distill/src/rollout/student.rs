@@ -27,7 +27,7 @@ impl<'a> Student<'a> {
         let starts = batch.starts();
         let last: Vec<u32> = starts.windows(2).map(|w| (w[1] - 1) as u32).collect();
         let rows = Tensor::from_vec(last, starts.len() - 1, hidden.device())?;
-        let logits = self.model.logits(&hidden.index_select(&rows, 0)?)?;
+        let logits = self.model.drawn_logits(&hidden.index_select(&rows, 0)?)?;
         logits.to_dtype(DType::F32)?.flatten_all()?.to_vec1()
     }
 }
@@ -58,7 +58,10 @@ impl Decode for Student<'_> {
 
     fn next(&mut self, tokens: &[u32]) -> Result<Vec<f32>> {
         let batch = Batch::unlabelled(tokens.chunks(1));
-        let hidden = self.model.hidden_cached(&batch, &mut self.cache)?;
-        self.last_logits(&batch, &hidden)
+        // Among rayon's threads: for one that is not, each of some hundred short loops would wait to be taken up.
+        rayon::scope(|_| {
+            let hidden = self.model.hidden_cached(&batch, &mut self.cache)?;
+            self.last_logits(&batch, &hidden)
+        })
     }
 }

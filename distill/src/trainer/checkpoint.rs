@@ -197,27 +197,23 @@ impl Checkpoints<'_> {
                 tensors.push((i, Part::Weights, (Part::Weights.name(name), shape.clone())));
             }
             let scales = learner.optimizer().scales(i);
-            for (at, part) in MOMENTS.into_iter().enumerate() {
-                tensors.push((i, part, (part.name(name), shape.clone())));
+            for at in 0..2 {
+                tensors.push((i, Part::Moment(at), (Part::Moment(at).name(name), shape.clone())));
                 if let Some(scales) = &scales {
-                    let part = SCALES[at];
-                    tensors.push((i, part, (part.name(name), vec![scales[at].len()])));
+                    let shape = vec![scales[at].len()];
+                    tensors.push((i, Part::Scales(at), (Part::Scales(at).name(name), shape)));
                 }
             }
         }
         let names: Vec<_> = tensors.iter().map(|(.., named)| named.clone()).collect();
-        write_tensors(&dir.path().join(TENSORS_FILE), &names, |at| {
-            let (i, part, _) = tensors[at];
-            let scales = || learner.optimizer().scales(i).unwrap_or_default();
-            let [mean, square] = match part {
+        write_tensors(&dir.path().join(TENSORS_FILE), &names, |tensor| {
+            let (i, part, _) = tensors[tensor];
+            let (mut both, at) = match part {
                 Part::Weights => return numbers(learner.trained()[i].1),
-                Part::ExpAvg | Part::ExpAvgSq => learner.optimizer().moments(i)?,
-                Part::ExpAvgScales | Part::ExpAvgSqScales => scales(),
+                Part::Moment(at) => (learner.optimizer().moments(i)?, at),
+                Part::Scales(at) => (learner.optimizer().scales(i).unwrap_or_default(), at),
             };
-            Ok(match part {
-                Part::ExpAvg | Part::ExpAvgScales => mean,
-                _ => square,
-            })
+            Ok(std::mem::take(&mut both[at]))
         })?;
         let state = State {
             progress: progress.clone(),
@@ -267,11 +263,11 @@ impl Checkpoints<'_> {
         files.weights(learner)?;
         for i in 0..learner.trained().len() {
             let (name, var) = learner.trained()[i];
-            let [mean, square] = MOMENTS.map(|part| files.take(&part.name(name), var.dims()));
+            let [mean, square] = [0, 1].map(|at| files.take(&Part::Moment(at).name(name), var.dims()));
             let scales = match learner.optimizer().scales(i) {
                 Some(scales) => {
                     let shape = [scales[0].len()];
-                    let [mean, square] = SCALES.map(|part| files.take(&part.name(name), &shape));
+                    let [mean, square] = [0, 1].map(|at| files.take(&Part::Scales(at).name(name), &shape));
                     Some([mean?, square?])
                 }
                 None => None,
@@ -295,25 +291,20 @@ impl Checkpoints<'_> {
 #[derive(Debug, Clone, Copy)]
 enum Part {
     Weights,
-    ExpAvg,
-    ExpAvgScales,
-    ExpAvgSq,
-    ExpAvgSqScales,
+    /// The mean of the gradients (0), or of their squares (1).
+    Moment(usize),
+    /// Its scales, where it is kept in eight bits.
+    Scales(usize),
 }
-
-const MOMENTS: [Part; 2] = [Part::ExpAvg, Part::ExpAvgSq];
-/// Of moments in eight bits.
-const SCALES: [Part; 2] = [Part::ExpAvgScales, Part::ExpAvgSqScales];
 
 impl Part {
     /// The name in `trainer.safetensors`.
     fn name(self, tensor: &str) -> String {
         match self {
             Self::Weights => tensor.to_owned(),
-            Self::ExpAvg => format!("{tensor}.exp_avg"),
-            Self::ExpAvgScales => format!("{tensor}.exp_avg.absmax"),
-            Self::ExpAvgSq => format!("{tensor}.exp_avg_sq"),
-            Self::ExpAvgSqScales => format!("{tensor}.exp_avg_sq.absmax"),
+            Self::Moment(0) => format!("{tensor}.exp_avg"),
+            Self::Moment(_) => format!("{tensor}.exp_avg_sq"),
+            Self::Scales(at) => format!("{}.absmax", Self::Moment(at).name(tensor)),
         }
     }
 }
@@ -343,7 +334,7 @@ impl<'a> Files<'a> {
 
     /// Refuses a checkpoint in which more, less or something else is trained.
     fn check(&self, learner: &Learner<'_>) -> Result<(), CheckpointError> {
-        let end = Part::ExpAvg.name("");
+        let end = Part::Moment(0).name("");
         let mut saved: Vec<&str> = self
             .tensors
             .names()
@@ -360,7 +351,7 @@ impl<'a> Files<'a> {
             saved.swap_remove(at);
             let shape = self
                 .tensors
-                .tensor(&Part::ExpAvg.name(name))
+                .tensor(&Part::Moment(0).name(name))
                 .map(|tensor| tensor.shape.to_vec());
             if shape.as_deref() != Some(var.dims()) {
                 return Err(other(format!(

@@ -81,7 +81,25 @@ impl Frozen {
         Ok(y)
     }
 
-    /// The same into `y`, `[rows, out]`, whose old content is not read.
+    /// The same for tokens that are drawn: the few rows of a matrix in memory go the way of [`few_rows`].
+    ///
+    /// [`few_rows`]: super::few_rows
+    pub(crate) fn forward_drawn<T: Real>(
+        &self,
+        op: &str,
+        x: &[T],
+        sizes: (usize, usize, usize),
+    ) -> Result<Vec<T>> {
+        if let Self::Dense(weight) = self {
+            let y = with_elements(&weight.detach(), op, |weight| Ok(T::few_rows(x, weight, sizes)))?;
+            if let Some(y) = y {
+                return Ok(y);
+            }
+        }
+        self.forward(op, x, sizes)
+    }
+
+    /// The same as [`forward`](Self::forward) into `y`, `[rows, out]`, whose old content is not read.
     pub(crate) fn forward_into<T: Real>(
         &self,
         op: &str,

@@ -4,6 +4,8 @@ use std::borrow::Cow;
 
 use candle_core::{CpuStorage, DType, Device, Layout, Result, Storage, Tensor, WithDType};
 
+use super::few_rows;
+
 /// f32 or f64, with the few functions that the kernels need.
 pub(crate) trait Real: WithDType {
     /// eˣ. In f32 a polynomial without branches, so that loops over it become vector code.
@@ -17,6 +19,10 @@ pub(crate) trait Real: WithDType {
     /// The same of a vector.
     fn from_f32_vec(values: Vec<f32>) -> Vec<Self> {
         Self::from_f32(&values).into_owned()
+    }
+    /// x·Wᵀ in the way for few rows, where this type has one and x has few ([`few_rows`]).
+    fn few_rows(_x: &[Self], _weight: &[Self], _sizes: (usize, usize, usize)) -> Option<Vec<Self>> {
+        None
     }
     /// The number nearest to a constant.
     fn of(value: f64) -> Self {
@@ -84,6 +90,9 @@ impl Real for f32 {
     }
     fn from_f32_vec(values: Vec<f32>) -> Vec<Self> {
         values
+    }
+    fn few_rows(x: &[Self], weight: &[Self], sizes: (usize, usize, usize)) -> Option<Vec<Self>> {
+        few_rows::product(x, weight, sizes)
     }
 }
 

@@ -13,9 +13,7 @@ use super::{OnCommit, Service};
 use crate::journal::table::Stage;
 use crate::journal::{Key, Record, StoredAnswer};
 use crate::reply;
-use crate::wire::{
-    Card, Chunk, Envelope, ErrorCode, Metrics, Reply, Request, Rules, Status, request, topics,
-};
+use crate::wire::{Card, Chunk, Envelope, ErrorCode, Metrics, Reply, Request, Status, request, topics};
 
 /// What the door's connections bring.
 #[derive(Debug)]
@@ -166,12 +164,7 @@ impl Service {
             content_type: Some("application/json"),
             ..Envelope::default()
         };
-        let rules = Rules {
-            topics: &self.topics,
-            prefixes: &self.config.reply.prefixes,
-            limits: &self.config.limits,
-            adapters: &self.adapters,
-        };
+        let rules = self.rules(&self.topics, &self.config.reply.prefixes);
         match request::parse(&envelope, &rules) {
             Err(rejection) => (rejection.id, Err((rejection.code, rejection.message))),
             Ok(request) if request.reply.topic != self.topics.answer(&request.id) => {

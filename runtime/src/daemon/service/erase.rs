@@ -15,7 +15,7 @@ use super::{OnCommit, OnDelivery, Service};
 use crate::engine::ToWorker;
 use crate::journal::table::Stage;
 use crate::journal::{Key, Record};
-use crate::mqtt::{Ack, Delivery, Outgoing};
+use crate::mqtt::{Ack, Delivery};
 use crate::wire::Reply;
 use crate::wire::command::Erase;
 
@@ -111,20 +111,13 @@ impl Service {
         let mut topics = vec![self.topics.request()];
         topics.extend(self.tasks.keys().map(|name| self.topics.task(name)));
         for topic in topics {
-            let token = self.number();
-            let given = self.link.publish(Outgoing {
-                topic: topic.clone(),
-                retain: true,
-                token: Some(token),
-                ..Outgoing::default()
-            });
+            let token = self.remove_retained(topic.clone(), OnDelivery::Emptied);
             let Some(erasing) = &mut self.erasing else { return };
-            match given {
-                true => {
-                    self.on_delivery.insert(token, OnDelivery::Emptied);
+            match token {
+                Some(token) => {
                     erasing.emptying.insert(token, topic);
                 }
-                false => erasing
+                None => erasing
                     .report
                     .problems
                     .push(format!("{topic}: the link has no room")),

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use super::{OnDelivery, Service};
 use crate::health;
 use crate::home_assistant::{self, Facts};
-use crate::mqtt::{Delivery, Incoming, Outgoing};
+use crate::mqtt::{Delivery, Incoming};
 use crate::store::write_whole;
 
 /// Topics of discovery messages that the broker retains.
@@ -93,16 +93,8 @@ impl Service {
             .iter()
             .filter(|topic| Some(*topic) != wanted.as_ref());
         for topic in old.cloned().collect::<Vec<_>>() {
-            let token = self.number();
-            let given = self.link.publish(Outgoing {
-                topic: topic.clone(),
-                retain: true,
-                token: Some(token),
-                ..Outgoing::default()
-            });
-            if given {
-                self.on_delivery.insert(token, OnDelivery::Hidden(topic));
-            }
+            // Where the link has no room, it is taken back at the next connection.
+            self.remove_retained(topic.clone(), OnDelivery::Hidden(topic));
         }
     }
 

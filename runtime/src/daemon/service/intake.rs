@@ -14,7 +14,7 @@ use crate::journal::{Key, Record};
 use crate::mqtt::{Ack, Incoming};
 use crate::reply;
 use crate::thermal::Step;
-use crate::wire::{Cancel, Envelope, ErrorCode, Rejection, Reply, Request, Rules, request, topics};
+use crate::wire::{Cancel, Envelope, ErrorCode, Rejection, Reply, Request, Rules, Topics, request, topics};
 
 impl Service {
     pub(super) fn message(&mut self, message: &Incoming) {
@@ -49,6 +49,12 @@ impl Service {
     }
 
     fn request(&mut self, message: &Incoming) {
+        let parsed = self.parse(message, &self.topics);
+        self.parsed(parsed, message);
+    }
+
+    /// Reads a request that came on one of these topics.
+    pub(super) fn parse(&self, message: &Incoming, topics: &Topics) -> Result<Request, Box<Rejection>> {
         let envelope = Envelope {
             payload: &message.payload,
             response_topic: message.response_topic.as_deref(),
@@ -56,14 +62,17 @@ impl Service {
             content_type: message.content_type.as_deref(),
             expiry_s: message.expiry_s,
         };
-        let rules = Rules {
-            topics: &self.topics,
-            prefixes: &self.config.reply.prefixes,
+        request::parse(&envelope, &self.rules(topics, &self.config.reply.prefixes))
+    }
+
+    /// What requests must obey here.
+    pub(super) fn rules<'a>(&'a self, topics: &'a Topics, prefixes: &'a [String]) -> Rules<'a> {
+        Rules {
+            topics,
+            prefixes,
             limits: &self.config.limits,
             adapters: &self.adapters,
-        };
-        let parsed = request::parse(&envelope, &rules);
-        self.parsed(parsed, message);
+        }
     }
 
     /// A payload for a task becomes a request, whose answer is the bare text.
@@ -96,12 +105,7 @@ impl Service {
             content_type: Some("application/json"),
             expiry_s: message.expiry_s,
         };
-        let rules = Rules {
-            topics: &self.topics,
-            prefixes: &prefixes,
-            limits: &self.config.limits,
-            adapters: &self.adapters,
-        };
+        let rules = self.rules(&self.topics, &prefixes);
         let parsed = request::parse(&envelope, &rules).map(|mut request| {
             request.reply.plain = true;
             request

@@ -22,7 +22,7 @@ use crate::mqtt::{self, Door, Event, Incoming, Link, LinkError};
 use crate::reply;
 use crate::thermal::Step;
 use crate::wire::pool::{Give, Member, PoolTopics};
-use crate::wire::{Cancel, Envelope, ErrorCode, Request, Rules, request};
+use crate::wire::{Cancel, ErrorCode, Request};
 
 mod adoption;
 mod exchange;
@@ -284,20 +284,8 @@ impl Service {
 
     /// Reads a request of the pool; one that cannot be is refused.
     fn read_held(&mut self, message: Incoming) -> Option<Held> {
-        let envelope = Envelope {
-            payload: &message.payload,
-            response_topic: message.response_topic.as_deref(),
-            correlation: message.correlation.as_deref(),
-            content_type: message.content_type.as_deref(),
-            expiry_s: message.expiry_s,
-        };
-        let rules = Rules {
-            topics: self.pool.as_ref()?.topics.shared(),
-            prefixes: &self.config.reply.prefixes,
-            limits: &self.config.limits,
-            adapters: &self.adapters,
-        };
-        match request::parse(&envelope, &rules) {
+        let topics = self.pool.as_ref()?.topics.shared();
+        match self.parse(&message, topics) {
             Ok(request) => Some(Held {
                 request: Box::new(Request {
                     from_pool: true,

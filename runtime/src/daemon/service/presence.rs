@@ -81,6 +81,22 @@ impl Service {
         given
     }
 
+    /// Removes what the broker retains on a topic, by an empty message; its number, whose delivery means `then`. `None` when the
+    /// link has no room.
+    pub(super) fn remove_retained(&mut self, topic: String, then: OnDelivery) -> Option<u64> {
+        let token = self.number();
+        let given = self.link.publish(Outgoing {
+            topic,
+            retain: true,
+            token: Some(token),
+            ..Outgoing::default()
+        });
+        given.then(|| {
+            self.on_delivery.insert(token, then);
+            token
+        })
+    }
+
     /// Counters, and what is measured now.
     pub(super) fn metrics(&self) -> Metrics {
         health::metrics(
