@@ -214,6 +214,11 @@ fn what_llama_cpp_does_not_do_is_refused_by_name() {
             json!({"block_ffn_dim_multiplier": -1.0}),
             ["block_ffn_dim_multiplier", "length 0"],
         ),
+        (
+            "lfm2",
+            json!({"block_ff_dim": i64::MAX, "block_ffn_dim_multiplier": 4.0}),
+            ["block_ffn_dim_multiplier", "in multiples of"],
+        ),
     ] {
         let error = refused(name, |folder| {
             let path = folder.join("config.json");

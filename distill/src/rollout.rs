@@ -46,6 +46,8 @@ pub trait Decode {
     fn longest(&self) -> usize;
     /// The number of logits of a token.
     fn vocab_size(&self) -> usize;
+    /// Of so many places, those that should be free before prompts are opened while others go on, at least 1.
+    fn worth_opening(&self, width: usize) -> usize;
     /// Opens every prompt `copies` times, behind the sequences that are open, the copies of one prompt one after another.
     /// The logits behind each prompt, `[prompts, vocab_size]`.
     fn open(&mut self, prompts: &[&[u32]], copies: usize) -> std::result::Result<Vec<f32>, Self::Error>;
@@ -102,10 +104,13 @@ pub fn rollouts<D: Decode>(
     let mut open: Vec<usize> = Vec::new();
     let mut logits: Vec<f32> = Vec::new();
     loop {
-        // Prompts go through the model together: new ones begin when a quarter of the places is free.
-        let fit = options.width.saturating_sub(open.len()) / copies;
-        let count = if open.is_empty() { fit.max(1) } else { fit };
-        if open.len() <= options.width - options.width.div_ceil(4) && count > 0 && !waiting.is_empty() {
+        let free = options.width.saturating_sub(open.len());
+        let count = match open.is_empty() {
+            true => (free / copies).max(1),
+            false if free < decoder.worth_opening(options.width) => 0,
+            false => free / copies,
+        };
+        if count > 0 && !waiting.is_empty() {
             let new: Vec<usize> = waiting.drain(..count.min(waiting.len())).collect();
             let ids: Vec<&[u32]> = new.iter().map(|i| prompts[*i]).collect();
             let behind = decoder.open(&ids, copies)?;
@@ -199,6 +204,9 @@ mod tests {
         }
         fn vocab_size(&self) -> usize {
             11
+        }
+        fn worth_opening(&self, width: usize) -> usize {
+            width.div_ceil(2)
         }
         fn open(&mut self, prompts: &[&[u32]], copies: usize) -> std::result::Result<Vec<f32>, Self::Error> {
             let last: Vec<u32> = prompts.iter().map(|ids| ids[ids.len() - 1]).collect();

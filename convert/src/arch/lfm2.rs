@@ -90,13 +90,13 @@ fn feed_forward(config: &Config<'_>) -> Result<usize, ArchError> {
         return Ok(given);
     }
     let multiplier = config.number_opt("block_ffn_dim_multiplier")?.unwrap_or(1.0);
-    let length = (multiplier * (2 * given / 3) as f64) as usize;
-    let length = length.next_multiple_of(config.size_opt("block_multiple_of")?.unwrap_or(256));
-    match length {
-        1..=0x8000_0000 => Ok(length),
+    let exact = (multiplier * (given.saturating_mul(2) / 3) as f64) as usize;
+    let of = config.size_opt("block_multiple_of")?.unwrap_or(256);
+    match exact.checked_next_multiple_of(of) {
+        Some(length @ 1..=0x8000_0000) => Ok(length),
         _ => Err(config.error(
             "block_ffn_dim_multiplier",
-            format!("makes the feed-forward length {length}"),
+            format!("makes the feed-forward length {exact}, in multiples of {of}"),
         )),
     }
 }

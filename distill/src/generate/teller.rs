@@ -138,6 +138,9 @@ impl Decode for Named<'_> {
     fn vocab_size(&self) -> usize {
         self.0.vocab_size()
     }
+    fn worth_opening(&self, width: usize) -> usize {
+        self.0.worth_opening(width)
+    }
     fn open(&mut self, prompts: &[&[u32]], copies: usize) -> Result<Vec<f32>, GenerateError> {
         let done = self.0.open(prompts, copies);
         done.map_err(|source| self.failed(source))

@@ -119,6 +119,11 @@ impl Decode for LlamaCpp<'_> {
         self.vocab_size
     }
 
+    /// Its kernels take four rows at a time, and the rest of them one by one: every place should be taken.
+    fn worth_opening(&self, _width: usize) -> usize {
+        1
+    }
+
     fn open(&mut self, prompts: &[&[u32]], copies: usize) -> Result<Vec<f32>, DecodeError> {
         let full = || DecodeError::Compute("more sequences are opened than there is room for".into());
         let (mut tokens, mut logits) = (Vec::new(), Vec::new());
