@@ -216,7 +216,7 @@ fn what_llama_cpp_does_not_do_is_refused_by_name() {
         ),
         (
             "lfm2",
-            json!({"block_ff_dim": i64::MAX, "block_ffn_dim_multiplier": 4.0}),
+            json!({"block_ffn_dim_multiplier": i64::MAX}),
             ["block_ffn_dim_multiplier", "in multiples of"],
         ),
     ] {
