@@ -90,7 +90,7 @@ fn feed_forward(config: &Config<'_>) -> Result<usize, ArchError> {
         return Ok(given);
     }
     let multiplier = config.number_opt("block_ffn_dim_multiplier")?.unwrap_or(1.0);
-    let exact = (multiplier * (given.saturating_mul(2) / 3) as f64) as usize;
+    let exact = (multiplier * (2 * given / 3) as f64) as usize;
     let of = config.size_opt("block_multiple_of")?.unwrap_or(256);
     match exact.checked_next_multiple_of(of) {
         Some(length @ 1..=0x8000_0000) => Ok(length),

@@ -3,9 +3,8 @@
 use candle_core::{Result, Tensor};
 
 use super::ops::{
-    Distillation, Frozen, HeadAdapter, Targets, cross_entropy, distillation_loss, drawn_linear,
-    frozen_cross_entropy, frozen_distillation_loss, frozen_linear, lora_cross_entropy,
-    lora_distillation_loss,
+    Distillation, Frozen, HeadAdapter, Targets, cross_entropy, distillation_loss, frozen_cross_entropy,
+    frozen_distillation_loss, lora_cross_entropy, lora_distillation_loss,
 };
 use super::{Lora, Mode, Weight};
 use crate::loss::Measures;
@@ -33,8 +32,7 @@ impl Head {
         let (hidden, weight) = (hidden.detach(), self.weight(embed_tokens));
         match &self.lora {
             Some(lora) => lora.forward(&hidden, weight, mode),
-            None if mode.drawn => drawn_linear(&hidden, &weight.frozen()),
-            None => frozen_linear(&hidden, &weight.frozen()),
+            None => weight.product(&hidden, mode),
         }
     }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use candle_core::{Result, Tensor};
 
-use super::ops::{drawn_linear, frozen_linear, linear};
+use super::ops::linear;
 use super::{Lora, Mode, Parameter, Weight};
 
 /// Sees the inputs of a linear layer.
@@ -48,8 +48,7 @@ impl Linear {
             (_, Weight::Dense(weight)) if mode.gradient && weight.var().is_some() => {
                 linear(x, weight.get(mode))?
             }
-            (_, weight) if mode.drawn => drawn_linear(x, &weight.frozen())?,
-            (_, weight) => frozen_linear(x, &weight.frozen())?,
+            (_, weight) => weight.product(x, mode)?,
         };
         match &self.bias {
             Some(bias) => y.broadcast_add(&bias.get(mode).to_dtype(y.dtype())?),

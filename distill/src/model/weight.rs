@@ -7,7 +7,7 @@ use std::sync::Arc;
 use candle_core::{DType, Device, Result, Tensor, Var};
 use rayon::prelude::*;
 
-use super::ops::Frozen;
+use super::ops::{Frozen, drawn_linear, frozen_linear};
 use super::{Mode, Parameter};
 
 /// A frozen matrix whose rows become numbers when they are needed.
@@ -54,6 +54,14 @@ impl Weight {
         match self {
             Self::Dense(parameter) => &parameter.name,
             Self::Quantized(rows) => rows.name(),
+        }
+    }
+
+    /// x·Wᵀ, `[rows, in]` → `[rows, out]`, without a gradient of W.
+    pub(super) fn product(&self, x: &Tensor, mode: Mode) -> Result<Tensor> {
+        match mode.drawn {
+            true => drawn_linear(x, &self.frozen()),
+            false => frozen_linear(x, &self.frozen()),
         }
     }
 

@@ -26,11 +26,10 @@ pub(crate) fn product(
     if rows > MOST || cfg!(any(feature = "mkl", feature = "accelerate")) {
         return None;
     }
-    let mut y = vec![0.0; rows * out];
-    if y.is_empty() || input == 0 {
-        return Some(y);
-    }
     let mut columns = vec![0.0; rows * out];
+    if columns.is_empty() || input == 0 {
+        return Some(columns);
+    }
     columns
         .par_chunks_mut(rows * PART)
         .zip(weight.par_chunks(input * PART))
@@ -42,10 +41,9 @@ pub(crate) fn product(
                 columns,
             })
         });
-    for (j, column) in columns.chunks_exact(rows).enumerate() {
-        for (i, value) in column.iter().enumerate() {
-            y[i * out + j] = *value;
-        }
+    let mut y = Vec::with_capacity(columns.len());
+    for i in 0..rows {
+        y.extend(columns.iter().skip(i).step_by(rows));
     }
     Some(y)
 }
