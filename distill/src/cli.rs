@@ -23,6 +23,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::Context as _;
 use clap::{Parser, Subcommand};
+use tracing_subscriber::filter::{LevelFilter, Targets};
+use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::util::SubscriberInitExt as _;
 
 use crate::data::DataReport;
 use crate::device::{DeviceError, Place, Precision};
@@ -140,18 +143,19 @@ impl Cli {
     /// Runs the subcommand.
     pub fn run(self) -> ExitCode {
         let level = match (self.quiet, self.verbose) {
-            (true, _) => "error",
-            (_, 0) => "warn",
-            (_, 1) => "info",
-            _ => "debug",
+            (true, _) => LevelFilter::ERROR,
+            (_, 0) => LevelFilter::WARN,
+            (_, 1) => LevelFilter::INFO,
+            _ => LevelFilter::DEBUG,
         };
-        let filter = tracing_subscriber::EnvFilter::try_from_default_env()
-            .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(level));
-        tracing_subscriber::fmt()
-            .with_env_filter(filter)
+        let asked = std::env::var("RUST_LOG").ok().and_then(|filter| filter.parse().ok());
+        let lines = tracing_subscriber::fmt::layer()
             .with_writer(std::io::stderr)
             .without_time()
-            .with_target(false)
+            .with_target(false);
+        tracing_subscriber::registry()
+            .with(asked.unwrap_or_else(|| Targets::new().with_default(level)))
+            .with(lines)
             .init();
         let output = Output {
             json: self.json,

@@ -9,7 +9,9 @@ use pipit::daemon::DaemonError;
 #[cfg(feature = "http")]
 use pipit::http::HttpError;
 use pipit::mqtt::LinkError;
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::{LevelFilter, Targets};
+use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::util::SubscriberInitExt as _;
 
 mod ask;
 mod bench;
@@ -182,23 +184,29 @@ fn code_of(error: &anyhow::Error) -> u8 {
 
 /// Log lines go to standard error. llama.cpp and the embedded broker speak only when asked.
 fn logging(common: &Common) {
-    let filter = match (common.quiet, common.verbose) {
+    let levels = match (common.quiet, common.verbose) {
         (true, _) => "error,llama_cpp_2=off,llama-cpp-2=off,mqtt5=off",
         (_, 0) => "info,llama_cpp_2=off,llama-cpp-2=off,mqtt5=off,rumqttc=off",
         (_, 1) => "debug,mqtt5=warn,rumqttc=info",
         _ => "trace",
     };
-    let filter = EnvFilter::try_from_env("PIPIT_LOG").unwrap_or_else(|_| EnvFilter::new(filter));
-    // Journald writes its own time.
-    let builder = tracing_subscriber::fmt()
-        .with_env_filter(filter)
+    let asked = std::env::var("PIPIT_LOG").unwrap_or_else(|_| levels.to_owned());
+    let (filter, mistake) = match asked.parse() {
+        Ok(filter) => (filter, None),
+        Err(mistake) => (Targets::new().with_default(LevelFilter::INFO), Some(mistake)),
+    };
+    let lines = tracing_subscriber::fmt::layer()
         .with_writer(std::io::stderr)
         .with_target(false);
+    let registry = tracing_subscriber::registry().with(filter);
+    // Journald writes its own time.
     if std::env::var_os("JOURNAL_STREAM").is_some() {
-        builder.without_time().with_ansi(false).init();
+        registry.with(lines.without_time().with_ansi(false)).init();
     } else {
-        builder
-            .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
-            .init();
+        let colours = std::io::IsTerminal::is_terminal(&std::io::stderr());
+        registry.with(lines.with_ansi(colours)).init();
+    }
+    if let Some(mistake) = mistake {
+        tracing::warn!("PIPIT_LOG `{asked}` is no list of target=level: {mistake}");
     }
 }

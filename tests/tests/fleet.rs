@@ -14,10 +14,10 @@ use pipit_tests::process;
 use serde_json::{Value, json};
 
 const ANSWERS: &str = "pipit/v1/pool/p/res/#";
-/// Requests by which the speed of a member is measured.
-const OWN: usize = 100;
-/// Tokens of an answer that takes longer than its way through the pool: those of the random model take 0.2 ms each.
-const LONG: u32 = 96;
+/// Requests by which the speed of a member is measured, before the pool's and after them.
+const OWN: usize = 120;
+/// Tokens of an answer that takes far longer than its way through the pool: those of the random model take 0.2 ms each.
+const LONG: u32 = 384;
 /// Requests that a member takes at most before one is answered: two slots and two ahead.
 const PLACES: usize = 4;
 
@@ -84,6 +84,47 @@ fn slow_down(worker: u32, part: f64, done: &AtomicBool) {
     let _ = process::signal("CONT", worker);
 }
 
+/// How many requests of its own each member has answered when the first has answered all.
+fn speeds(client: &Client, devices: &[Device], when: &str) -> Result<BTreeMap<String, usize>> {
+    let before = client.see(shares);
+    for number in 0..OWN {
+        for device in devices {
+            let id = format!("{}-{when}-{number}", device.topic("own").replace('/', "."));
+            client.ask(&id, device.request(&id, "How fast?", LONG));
+        }
+    }
+    let mut speeds = BTreeMap::new();
+    client.wait(PATIENCE, "the first to be done", |seen| {
+        speeds = shares(seen);
+        for (device, count) in &mut speeds {
+            *count -= before.get(device).copied().unwrap_or(0);
+        }
+        speeds.values().any(|&count| count == OWN)
+    })?;
+    client.wait_answered(PATIENCE)?;
+    Ok(speeds)
+}
+
+/// How many of a thousand requests to the pool each member has answered, and when it was last seen to have answered one
+/// more; and when all were answered.
+fn thousand(client: &Client) -> Result<(Duration, BTreeMap<String, (usize, Duration)>)> {
+    let before = client.see(shares);
+    let started = Instant::now();
+    ask(client, 0..1000, LONG);
+    let mut last: BTreeMap<String, (usize, Duration)> = BTreeMap::new();
+    client.wait(PATIENCE, "a thousand answers", |seen| {
+        for (device, count) in shares(seen) {
+            let count = count - before.get(&device).copied().unwrap_or(0);
+            let entry = last.entry(device).or_default();
+            if count > entry.0 {
+                *entry = (count, started.elapsed());
+            }
+        }
+        seen.unanswered().is_empty()
+    })?;
+    Ok((started.elapsed(), last))
+}
+
 #[test]
 fn members_share_a_thousand_prompts_in_proportion_to_their_speed() -> Result<()> {
     let model = Tiny::make()?;
@@ -98,39 +139,17 @@ fn members_share_a_thousand_prompts_in_proportion_to_their_speed() -> Result<()>
                 scope.spawn(move || slow_down(worker, part, done));
             }
         }
-        // Their speeds: what each has answered of its own when the first has answered all.
-        let own =
-            |device: &Device, number: usize| format!("{}-{number}", device.topic("own").replace('/', "."));
-        for number in 0..OWN {
-            for device in &devices {
-                let id = own(device, number);
-                client.ask(&id, device.request(&id, "How fast?", LONG));
+        let result = speeds(&client, &devices, "before").and_then(|before| {
+            let (took, last) = thousand(&client)?;
+            // The machine may have become another one meanwhile.
+            let mut speeds = speeds(&client, &devices, "after")?;
+            for (device, count) in before {
+                *speeds.entry(device).or_default() += count;
             }
-        }
-        let mut speeds = BTreeMap::new();
-        let result = client.wait(PATIENCE, "the first to be done", |seen| {
-            speeds = shares(seen);
-            speeds.values().any(|&count| count == OWN)
-        });
-        let result = result.and_then(|()| client.wait_answered(PATIENCE));
-        let started = Instant::now();
-        ask(&client, 0..1000, LONG);
-        // When each of them was last seen to have answered one more.
-        let mut last: BTreeMap<String, (usize, Duration)> = BTreeMap::new();
-        let result = result.and_then(|()| {
-            client.wait(PATIENCE, "a thousand answers", |seen| {
-                for (device, count) in shares(seen) {
-                    let count = count - OWN;
-                    let entry = last.entry(device).or_default();
-                    if count > entry.0 {
-                        *entry = (count, started.elapsed());
-                    }
-                }
-                seen.unanswered().is_empty()
-            })
+            Ok((speeds, took, last))
         });
         done.store(true, Ordering::Relaxed);
-        result.map(|()| (speeds, started.elapsed(), last))
+        result
     })?;
     println!("1000 answers in {:.1} s", took.as_secs_f64());
     let all: usize = speeds.values().sum();
