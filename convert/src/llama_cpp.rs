@@ -53,6 +53,9 @@ pub fn backend() -> Result<&'static LlamaBackend, LlamaCppError> {
 /// Loads a model. The error says what llama.cpp said.
 pub fn load(path: &Path, params: &LlamaModelParams) -> Result<LlamaModel, LlamaCppError> {
     let backend = backend()?;
+    // llama-cpp-2 asserts that it is there.
+    path.metadata()
+        .map_err(|error| LlamaCppError::Load(error.to_string()))?;
     attempt(|| LlamaModel::load_from_file(backend, path, params))
 }
 

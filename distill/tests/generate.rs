@@ -265,3 +265,16 @@ fn a_server_answers_in_its_own_template() {
     failed(1, "on a checkpoint only", &place.run(&refused));
     assert!(!place.path("b.jsonl.partial").exists());
 }
+
+#[test]
+fn a_teacher_that_is_not_there_is_named() {
+    let place = Workplace::new();
+    for (teacher, text) in [
+        ("nowhere.gguf", "nowhere.gguf: llama.cpp does not load the file: No such file"),
+        ("nowhere", "nowhere is no checkpoint: it does not exist"),
+    ] {
+        let generate = ["generate", "--teacher", teacher, "--prompts", "train.jsonl"];
+        let more = ["-o", "answers.jsonl"];
+        failed(1, text, &place.run(&[generate.as_slice(), &more].concat()));
+    }
+}

@@ -12,6 +12,7 @@ use crate::config::Config;
 
 pub mod board;
 pub mod broker;
+pub mod door;
 pub mod kernels;
 pub mod machine;
 pub mod model;
@@ -82,6 +83,7 @@ pub fn look(config: &Config, root: &Path) -> Vec<Finding> {
     findings.push(kernels::finding());
     findings.extend(machine::findings(config, root));
     findings.extend(state.findings(config));
+    findings.extend(door::finding(config, state.in_use()));
     findings.extend(model::findings(config, root, state.in_use()));
     findings
 }

@@ -1,5 +1,6 @@
 //! A GGUF file goes on with sequences, in llama.cpp: as it will on the board, with activations rounded as there.
 
+use std::collections::BTreeSet;
 use std::num::NonZeroU32;
 
 use llama_cpp_2::context::LlamaContext;
@@ -43,8 +44,8 @@ pub struct LlamaCpp<'m> {
     longest: usize,
     /// The tokens of every open sequence so far, and its number in llama.cpp, in their order.
     open: Vec<(i32, i32)>,
-    /// Numbers that no sequence has.
-    free: Vec<i32>,
+    /// Numbers that no sequence has. The lowest are taken first, so that those in use follow one another.
+    free: BTreeSet<i32>,
 }
 
 impl std::fmt::Debug for LlamaCpp<'_> {
@@ -81,7 +82,7 @@ impl<'m> LlamaCpp<'m> {
             vocab_size: usize::try_from(model.n_vocab()).unwrap_or(0),
             longest,
             open: Vec::new(),
-            free: (0..i32::try_from(width).unwrap_or(i32::MAX)).rev().collect(),
+            free: (0..i32::try_from(width).unwrap_or(i32::MAX)).collect(),
         })
     }
 
@@ -92,16 +93,22 @@ impl<'m> LlamaCpp<'m> {
         logits: &mut Vec<f32>,
     ) -> Result<(), DecodeError> {
         for part in tokens.chunks(BATCH.max(1)) {
+            // llama.cpp computes sequences together whose numbers follow one another in the batch, and no others.
+            let mut order: Vec<usize> = (0..part.len()).collect();
+            order.sort_by_key(|at| part[*at].2);
+            let mut places = vec![0; part.len()];
             let mut batch = LlamaBatch::new(part.len(), 1);
-            for (token, position, sequence, wanted) in part {
+            for (place, at) in order.into_iter().enumerate() {
+                places[at] = place as i32;
+                let (token, position, sequence, wanted) = &part[at];
                 batch
                     .add(LlamaToken(*token as i32), *position, &[*sequence], *wanted)
                     .map_err(|e| DecodeError::Compute(e.to_string()))?;
             }
             let done = self.context.decode(&mut batch);
             done.map_err(|e| DecodeError::Compute(e.to_string()))?;
-            for (at, _) in part.iter().enumerate().filter(|(_, token)| token.3) {
-                logits.extend_from_slice(self.context.get_logits_ith(at as i32));
+            for (place, _) in places.into_iter().zip(part).filter(|(_, token)| token.3) {
+                logits.extend_from_slice(self.context.get_logits_ith(place));
             }
         }
         Ok(())
@@ -129,13 +136,13 @@ impl Decode for LlamaCpp<'_> {
         let (mut tokens, mut logits) = (Vec::new(), Vec::new());
         let mut forks = Vec::new();
         for prompt in prompts {
-            let first = self.free.pop().ok_or_else(full)?;
+            let first = self.free.pop_first().ok_or_else(full)?;
             for (position, token) in prompt.iter().enumerate() {
                 tokens.push((*token, position as i32, first, position + 1 == prompt.len()));
             }
             self.open.push((prompt.len() as i32, first));
             for _ in 1..copies {
-                let copy = self.free.pop().ok_or_else(full)?;
+                let copy = self.free.pop_first().ok_or_else(full)?;
                 forks.push((first, copy));
                 self.open.push((prompt.len() as i32, copy));
             }
@@ -158,7 +165,7 @@ impl Decode for LlamaCpp<'_> {
             self.context
                 .clear_kv_cache_seq(Some(number), None, None)
                 .map_err(|e| DecodeError::Compute(e.to_string()))?;
-            self.free.push(sequence.1);
+            self.free.insert(sequence.1);
         }
         self.open = kept;
         Ok(())

@@ -72,3 +72,33 @@ fn the_hint_of_an_error_is_told_apart() {
         ("model x: gone", Some("copy it"))
     );
 }
+
+#[cfg(feature = "http")]
+#[test]
+fn a_door_whose_place_is_free_or_taken() {
+    let (folder, mut config) = machine(4 << 20);
+    assert!(
+        look(&config, folder.path())
+            .iter()
+            .all(|finding| finding.what != "http")
+    );
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = taken.local_addr().unwrap();
+    let mut door = |listen: String| {
+        config.http.listen = Some(listen);
+        worst(&look(&config, folder.path()), "http")
+    };
+    assert_eq!(door(address.to_string()), State::Fail);
+    drop(taken);
+    assert_eq!(door(address.to_string()), State::Ok);
+    assert_eq!(door("somewhere".to_owned()), State::Fail);
+
+    let socket = folder.path().join("http.sock");
+    let unix = |path: &Path| format!("unix:{}", path.display());
+    assert_eq!(door(unix(&socket)), State::Ok);
+    let listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    assert_eq!(door(unix(&socket)), State::Fail);
+    drop(listener);
+    assert_eq!(door(unix(&socket)), State::Ok, "it will be replaced");
+    assert_eq!(door(unix(&folder.path().join("nowhere/http.sock"))), State::Fail);
+}
