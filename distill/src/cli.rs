@@ -148,7 +148,9 @@ impl Cli {
             (_, 1) => LevelFilter::INFO,
             _ => LevelFilter::DEBUG,
         };
-        let asked = std::env::var("RUST_LOG").ok().and_then(|filter| filter.parse().ok());
+        let asked = std::env::var("RUST_LOG")
+            .ok()
+            .and_then(|filter| filter.parse().ok());
         let lines = tracing_subscriber::fmt::layer()
             .with_writer(std::io::stderr)
             .without_time()

@@ -270,7 +270,10 @@ fn a_server_answers_in_its_own_template() {
 fn a_teacher_that_is_not_there_is_named() {
     let place = Workplace::new();
     for (teacher, text) in [
-        ("nowhere.gguf", "nowhere.gguf: llama.cpp does not load the file: No such file"),
+        (
+            "nowhere.gguf",
+            "nowhere.gguf: llama.cpp does not load the file: No such file",
+        ),
         ("nowhere", "nowhere is no checkpoint: it does not exist"),
     ] {
         let generate = ["generate", "--teacher", teacher, "--prompts", "train.jsonl"];

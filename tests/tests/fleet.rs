@@ -105,13 +105,15 @@ fn speeds(client: &Client, devices: &[Device], when: &str) -> Result<BTreeMap<St
     Ok(speeds)
 }
 
-/// How many of a thousand requests to the pool each member has answered, and when it was last seen to have answered one
-/// more; and when all were answered.
-fn thousand(client: &Client) -> Result<(Duration, BTreeMap<String, (usize, Duration)>)> {
+/// How many requests each member has answered, and when it was last seen to have answered one more.
+type Shares = BTreeMap<String, (usize, Duration)>;
+
+/// How a thousand requests to the pool were shared, and when all were answered.
+fn thousand(client: &Client) -> Result<(Duration, Shares)> {
     let before = client.see(shares);
     let started = Instant::now();
     ask(client, 0..1000, LONG);
-    let mut last: BTreeMap<String, (usize, Duration)> = BTreeMap::new();
+    let mut last = Shares::new();
     client.wait(PATIENCE, "a thousand answers", |seen| {
         for (device, count) in shares(seen) {
             let count = count - before.get(&device).copied().unwrap_or(0);

@@ -9,7 +9,11 @@ use llama_cpp_2::token::LlamaToken;
 use llama_cpp_2::token::data::LlamaTokenData;
 use llama_cpp_2::token::data_array::LlamaTokenDataArray;
 use llguidance::toktrie::SimpleVob;
+use pulp::{Arch, Simd, WithSimd};
 use serde::{Deserialize, Serialize};
+
+/// Logits that are searched at a time.
+const PART: usize = 1024;
 
 /// Resolved settings.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -148,9 +152,7 @@ fn best(logits: &[f32], allowed: Option<&SimpleVob>) -> Option<LlamaToken> {
     };
     match allowed {
         None => {
-            // Eight running maxima let the compiler use vectors: a vocabulary has up to 262,144 rows.
-            let most = maximum(logits);
-            let at = logits.iter().position(|&logit| logit == most)?;
+            let (at, most) = largest(logits)?;
             look(at, most);
         }
         Some(allowed) => allowed.iter_set_entries(|token| {
@@ -162,20 +164,42 @@ fn best(logits: &[f32], allowed: Option<&SimpleVob>) -> Option<LlamaToken> {
     best.map(|(token, _)| LlamaToken(token as i32))
 }
 
-fn maximum(values: &[f32]) -> f32 {
-    let mut lanes = [f32::NEG_INFINITY; 8];
-    let chunks = values.chunks_exact(8);
-    let rest = chunks.remainder();
-    for chunk in chunks {
-        for (lane, &value) in lanes.iter_mut().zip(chunk) {
-            *lane = if value > *lane { value } else { *lane };
+/// The first of the largest numbers, and its place. A vocabulary has up to 262,144 rows, and every token waits for this.
+fn largest(logits: &[f32]) -> Option<(usize, f32)> {
+    let arch = Arch::new();
+    let mut best = (0, f32::NEG_INFINITY);
+    for (part, logits) in logits.chunks(PART).enumerate() {
+        let most = arch.dispatch(Maximum(logits));
+        if most > best.1 {
+            best = (part * PART, most);
         }
     }
-    lanes
-        .iter()
-        .chain(rest)
-        .copied()
-        .fold(f32::NEG_INFINITY, f32::max)
+    let (start, most) = best;
+    let within = logits.iter().skip(start).position(|&logit| logit == most)?;
+    Some((start + within, most))
+}
+
+/// The largest of some numbers: vector code also where the program is built to be small.
+struct Maximum<'a>(&'a [f32]);
+
+impl WithSimd for Maximum<'_> {
+    type Output = f32;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) -> f32 {
+        let (vectors, rest) = S::as_simd_f32s(self.0);
+        let mut vectors = vectors.chunks_exact(2);
+        // What is no number is not larger than anything.
+        let larger = |a: S::f32s, b: S::f32s| simd.select_f32s(simd.greater_than_f32s(a, b), a, b);
+        // Two that do not wait for each other.
+        let mut most = [simd.splat_f32s(f32::NEG_INFINITY); 2];
+        for pair in &mut vectors {
+            most = [larger(pair[0], most[0]), larger(pair[1], most[1])];
+        }
+        let last = vectors.remainder().iter();
+        let most = last.fold(larger(most[0], most[1]), |most, last| larger(*last, most));
+        rest.iter().copied().fold(simd.reduce_max_f32s(most), f32::max)
+    }
 }
 
 #[cfg(test)]
@@ -196,5 +220,24 @@ mod tests {
         assert_eq!(best(&logits, Some(&allowed)), Some(LlamaToken(3)));
         assert_eq!(best(&[f32::NAN, 1.0], None), Some(LlamaToken(1)));
         assert_eq!(best(&[], None), None);
+    }
+
+    #[test]
+    fn the_best_wherever_it_is() {
+        let mut logits: Vec<f32> = (0..2 * PART + 77).map(|i| (i as f32).sin()).collect();
+        for at in 0..logits.len() {
+            let own = std::mem::replace(&mut logits[at], 3.0);
+            // An equal one behind it, and what is no number, change nothing.
+            let behind = (at + 1 < logits.len()).then(|| std::mem::replace(&mut logits[at + 1], 3.0));
+            let first = std::mem::replace(&mut logits[0], if at == 0 { 3.0 } else { f32::NAN });
+            assert_eq!(largest(&logits), Some((at, 3.0)));
+            logits[0] = first;
+            if let Some(behind) = behind {
+                logits[at + 1] = behind;
+            }
+            logits[at] = own;
+        }
+        assert_eq!(largest(&[f32::NEG_INFINITY; 40]), Some((0, f32::NEG_INFINITY)));
+        assert_eq!(largest(&[f32::NAN; 40]), None);
     }
 }

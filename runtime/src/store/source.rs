@@ -6,6 +6,7 @@
 use std::fs::{self, File};
 use std::io::{Read, Seek as _, SeekFrom};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use ureq::Agent;
@@ -105,6 +106,7 @@ impl Source {
         }
         let tls = TlsConfig::builder()
             .root_certs(RootCerts::PlatformVerifier)
+            .unversioned_rustls_crypto_provider(Arc::new(rustls::crypto::ring::default_provider()))
             .build();
         let agent = Agent::config_builder()
             .timeout_connect(Some(Duration::from_secs(20)))

@@ -1,5 +1,6 @@
 //! Requests to one server: JSON there and back, sent again when a failure may pass, of bounded time and size.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde_json::Value;
@@ -44,6 +45,7 @@ impl Client {
         let host = host.ok_or_else(|| ServedError::Url { url: url.to_owned() })?;
         let tls = TlsConfig::builder()
             .root_certs(RootCerts::PlatformVerifier)
+            .unversioned_rustls_crypto_provider(Arc::new(rustls::crypto::ring::default_provider()))
             .build();
         let config = Agent::config_builder()
             .timeout_global(Some(options.timeout))
