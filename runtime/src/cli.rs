@@ -9,7 +9,7 @@ use pipit::daemon::DaemonError;
 #[cfg(feature = "http")]
 use pipit::http::HttpError;
 use pipit::mqtt::LinkError;
-use tracing_subscriber::filter::{LevelFilter, Targets};
+use tracing_subscriber::filter::Targets;
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
 
@@ -191,9 +191,9 @@ fn logging(common: &Common) {
         _ => "trace",
     };
     let asked = std::env::var("PIPIT_LOG").unwrap_or_else(|_| levels.to_owned());
-    let (filter, mistake) = match asked.parse() {
+    let (filter, mistake) = match asked.parse::<Targets>() {
         Ok(filter) => (filter, None),
-        Err(mistake) => (Targets::new().with_default(LevelFilter::INFO), Some(mistake)),
+        Err(mistake) => (levels.parse().unwrap_or_default(), Some(mistake)),
     };
     let lines = tracing_subscriber::fmt::layer()
         .with_writer(std::io::stderr)

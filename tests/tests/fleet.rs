@@ -72,6 +72,15 @@ fn shares(seen: &Seen) -> BTreeMap<String, usize> {
     shares
 }
 
+/// How many more each has answered than `before`.
+fn more(seen: &Seen, before: &BTreeMap<String, usize>) -> BTreeMap<String, usize> {
+    let mut shares = shares(seen);
+    for (device, count) in &mut shares {
+        *count -= before.get(device).copied().unwrap_or(0);
+    }
+    shares
+}
+
 /// Lets a worker run for a part of the time only, until `done`: a slow board.
 fn slow_down(worker: u32, part: f64, done: &AtomicBool) {
     const PERIOD: Duration = Duration::from_millis(200);
@@ -95,10 +104,7 @@ fn speeds(client: &Client, devices: &[Device], when: &str) -> Result<BTreeMap<St
     }
     let mut speeds = BTreeMap::new();
     client.wait(PATIENCE, "the first to be done", |seen| {
-        speeds = shares(seen);
-        for (device, count) in &mut speeds {
-            *count -= before.get(device).copied().unwrap_or(0);
-        }
+        speeds = more(seen, &before);
         speeds.values().any(|&count| count == OWN)
     })?;
     client.wait_answered(PATIENCE)?;
@@ -115,8 +121,7 @@ fn thousand(client: &Client) -> Result<(Duration, Shares)> {
     ask(client, 0..1000, LONG);
     let mut last = Shares::new();
     client.wait(PATIENCE, "a thousand answers", |seen| {
-        for (device, count) in shares(seen) {
-            let count = count - before.get(&device).copied().unwrap_or(0);
+        for (device, count) in more(seen, &before) {
             let entry = last.entry(device).or_default();
             if count > entry.0 {
                 *entry = (count, started.elapsed());

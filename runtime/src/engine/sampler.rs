@@ -144,24 +144,19 @@ impl Sampler {
 
 /// The token with the largest logit; the first of equals, as llama.cpp's greedy sampler has it.
 fn best(logits: &[f32], allowed: Option<&SimpleVob>) -> Option<LlamaToken> {
-    let mut best: Option<(usize, f32)> = None;
-    let mut look = |token: usize, logit: f32| {
-        if best.is_none_or(|(_, most)| logit > most) {
-            best = Some((token, logit));
-        }
+    let token = |token: usize| LlamaToken(token as i32);
+    let Some(allowed) = allowed else {
+        return largest(logits).map(|(at, _)| token(at));
     };
-    match allowed {
-        None => {
-            let (at, most) = largest(logits)?;
-            look(at, most);
+    let mut best: Option<(usize, f32)> = None;
+    allowed.iter_set_entries(|at| {
+        if let Some(&logit) = logits.get(at)
+            && best.is_none_or(|(_, most)| logit > most)
+        {
+            best = Some((at, logit));
         }
-        Some(allowed) => allowed.iter_set_entries(|token| {
-            if let Some(&logit) = logits.get(token) {
-                look(token, logit);
-            }
-        }),
-    }
-    best.map(|(token, _)| LlamaToken(token as i32))
+    });
+    best.map(|(at, _)| token(at))
 }
 
 /// The first of the largest numbers, and its place. A vocabulary has up to 262,144 rows, and every token waits for this.
