@@ -9,6 +9,11 @@ use std::net::SocketAddr;
 use mqtt5::broker::config::StorageBackend;
 use mqtt5::broker::{BrokerConfig, BrokerShutdownHandle, MqttBroker, StorageConfig};
 
+/// What waits for a client that does not read: so many messages on their way to it, after them so many bytes. What comes
+/// then is dropped, as mosquitto does it.
+const MOST_ON_THEIR_WAY: usize = 256;
+const MOST_WAITING_BYTES: usize = 8 * 1024 * 1024;
+
 /// What goes wrong.
 #[derive(Debug, thiserror::Error)]
 pub enum BrokerError {
@@ -61,9 +66,11 @@ impl Broker {
             max_packet_size: most_packet_bytes,
             // None of the payload stays in a topic alias that the client may not resolve.
             topic_alias_maximum: 0,
+            client_channel_capacity: MOST_ON_THEIR_WAY,
             storage_config: StorageConfig {
                 backend: StorageBackend::Memory,
                 enable_persistence: true,
+                max_queued_bytes_per_client: MOST_WAITING_BYTES,
                 ..StorageConfig::default()
             },
             ..BrokerConfig::default()

@@ -108,10 +108,7 @@ pub async fn open(config: &Config) -> Result<(Option<Door>, mpsc::Receiver<Event
             Listener::Tcp(TcpListener::bind(address).await.map_err(fail)?),
             None,
         ),
-        Listen::Unix(path) => (
-            Listener::Unix(bind(path).await.map_err(fail)?),
-            Some(path.clone()),
-        ),
+        Listen::Unix(path) => (Listener::Unix(bind(path).map_err(fail)?), Some(path.clone())),
     };
     let key = config
         .http
@@ -132,10 +129,9 @@ pub async fn open(config: &Config) -> Result<(Option<Door>, mpsc::Receiver<Event
 }
 
 /// A socket that the daemon's user and group may open. One that nobody listens on any more is replaced.
-async fn bind(path: &std::path::Path) -> std::io::Result<UnixListener> {
-    use std::os::unix::fs::{FileTypeExt as _, PermissionsExt as _};
-    let is_socket = std::fs::symlink_metadata(path).is_ok_and(|meta| meta.file_type().is_socket());
-    if is_socket && UnixStream::connect(path).await.is_err() {
+fn bind(path: &std::path::Path) -> std::io::Result<UnixListener> {
+    use std::os::unix::fs::PermissionsExt as _;
+    if Listen::is_abandoned_socket(path) {
         std::fs::remove_file(path)?;
     }
     let listener = UnixListener::bind(path)?;

@@ -1,7 +1,9 @@
 //! Where the HTTP door is: an address of this machine, or a socket in the file system.
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::os::unix::fs::FileTypeExt as _;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
 
 use super::{ConfigError, HttpSection};
 
@@ -45,6 +47,13 @@ impl Listen {
             ));
         }
         Ok(Self::Tcp(address))
+    }
+
+    /// Whether a socket's file lies there that nobody listens on any more: what the daemon replaces.
+    #[must_use]
+    pub fn is_abandoned_socket(path: &Path) -> bool {
+        let is_socket = std::fs::symlink_metadata(path).is_ok_and(|meta| meta.file_type().is_socket());
+        is_socket && UnixStream::connect(path).is_err()
     }
 }
 

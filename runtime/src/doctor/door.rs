@@ -1,7 +1,6 @@
 //! The HTTP door: can it be where the configuration wants it?
 
 use std::net::TcpListener;
-use std::os::unix::net::UnixStream;
 use std::path::Path;
 
 use rustix::fs::{Access, access};
@@ -35,9 +34,9 @@ pub fn finding(config: &Config, daemon_runs: bool) -> Option<Finding> {
     })
 }
 
-/// Whether a socket can be made, as the daemon makes it: one that nobody listens on any more is replaced.
+/// Whether a socket can be made, as the daemon makes it.
 fn place_of_socket(path: &Path) -> std::io::Result<()> {
-    if UnixStream::connect(path).is_ok() {
+    if path.symlink_metadata().is_ok() && !Listen::is_abandoned_socket(path) {
         return Err(std::io::ErrorKind::AddrInUse.into());
     }
     let folder = path.parent().unwrap_or(Path::new("/"));

@@ -100,5 +100,8 @@ fn a_door_whose_place_is_free_or_taken() {
     assert_eq!(door(unix(&socket)), State::Fail);
     drop(listener);
     assert_eq!(door(unix(&socket)), State::Ok, "it will be replaced");
+    let file = folder.path().join("no-socket");
+    std::fs::write(&file, "").unwrap();
+    assert_eq!(door(unix(&file)), State::Fail, "it will not");
     assert_eq!(door(unix(&folder.path().join("nowhere/http.sock"))), State::Fail);
 }
