@@ -138,11 +138,12 @@ fn assert_same(what: &str, kernels: &Numbers, composed: &Numbers) {
     for ((name, ours), (other, theirs)) in kernels.iter().zip(composed) {
         assert_eq!((name, ours.len()), (other, theirs.len()));
         let kind = name.split('.').next().unwrap_or("");
-        // The moments hold what three steps came to.
+        // The moments hold what three steps came to. Sums in another order come to 1.2e-5 with Gemma's norms, by the width of
+        // the machine's vectors.
         let share = if matches!(kind, "mean" | "square") {
             1e-4
         } else {
-            1e-5
+            3e-5
         };
         let bound = share * largest(kernels, kind);
         assert!(bound > 0.0, "{what}: {name}");
