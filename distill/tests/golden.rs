@@ -124,7 +124,7 @@ fn twenty_steps_of_adamw_are_torchs() {
         for (step, norm) in floats(&expected["grad_norms"]).into_iter().enumerate() {
             // AdamW makes much of a gradient that is next to nothing, so that rounding grows from step to step: with AVX-512
             // Gemma's norm is off by 6e-6 until the sixteenth, and by 1.1e-4 at the nineteenth.
-            let bound = if step < 10 { 1e-4 } else { 1e-3 };
+            let bound = if step < 16 { 1e-4 } else { 2e-4 };
             let loss = (model.loss_sum(&batch, TRAIN, 64).unwrap() / batch.trained_tokens() as f64).unwrap();
             let grads = loss.backward().unwrap();
             let gradients: Vec<Tensor> = trained

@@ -143,7 +143,7 @@ fn assert_same(what: &str, kernels: &Numbers, composed: &Numbers) {
         let share = if matches!(kind, "mean" | "square") {
             1e-4
         } else {
-            3e-5
+            2e-5
         };
         let bound = share * largest(kernels, kind);
         assert!(bound > 0.0, "{what}: {name}");
