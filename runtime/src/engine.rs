@@ -6,7 +6,7 @@
 //! one: that is why this is a process of its own (docs/decisions/0002).
 //!
 //! Inside, data flows from [`prompt`] (messages become tokens) through the [`scheduler`] (every step of the model
-//! serves all requests under way, out of one [`pool`] of context) to [`sampler`], [`constraint`] and [`output`].
+//! serves all requests under way, out of one [`pool`] of context) to [`pipit_sampler`], [`constraint`] and [`output`].
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -26,7 +26,6 @@ pub mod pace;
 pub mod pool;
 pub mod prefix;
 pub mod prompt;
-pub mod sampler;
 pub mod scheduler;
 pub mod slot;
 mod work;
@@ -89,7 +88,7 @@ pub struct Job {
     /// Strings that end the answer.
     pub stop: Vec<String>,
     /// How to choose tokens.
-    pub sampling: sampler::Settings,
+    pub sampling: pipit_sampler::Settings,
     /// JSON schema of the answer.
     pub schema: Option<Value>,
     /// LoRA adapter.

@@ -10,11 +10,11 @@ use std::time::{Duration, Instant};
 use llama_cpp_2::model::LlamaModel;
 use llama_cpp_2::token::LlamaToken;
 use llama_cpp_2::token::data::LlamaTokenData;
+use pipit_sampler::Sampler;
 
 use super::constraint::Constraint;
 use super::output::Output;
 use super::pool::Cells;
-use super::sampler::Sampler;
 use super::{Finished, Job, JobError};
 
 /// Between two pieces of a streamed answer; as the daemon publishes them.

@@ -10,7 +10,7 @@ use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
 use super::manifest::Golden;
-use crate::engine::{FromWorker, Job, Settings, ToWorker, sampler};
+use crate::engine::{FromWorker, Job, Settings, ToWorker};
 use crate::health;
 use crate::plan::{Plan, mebibytes};
 
@@ -110,7 +110,7 @@ fn question(golden: &Golden) -> Job {
         adapter: golden.adapter.clone(),
         stream: false,
         deadline_ms: None,
-        sampling: sampler::Settings {
+        sampling: pipit_sampler::Settings {
             temperature: 0.0,
             top_p: 1.0,
             top_k: 0,

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::{AHEAD, MOST_ATTEMPTS, Running, Service};
 use crate::clock::unix_ms;
-use crate::engine::{Finished, FromWorker, Job, ToWorker, sampler};
+use crate::engine::{Finished, FromWorker, Job, ToWorker};
 use crate::journal::Key;
 use crate::journal::table::Stage;
 use crate::queue::{Next, Waiting};
@@ -109,7 +109,7 @@ impl Service {
                 let left = deadline.saturating_duration_since(Instant::now());
                 u64::try_from(left.as_millis()).unwrap_or(u64::MAX)
             }),
-            sampling: sampler::Settings {
+            sampling: pipit_sampler::Settings {
                 temperature: sampling.temperature.unwrap_or(defaults.temperature),
                 top_p: sampling.top_p.unwrap_or(defaults.top_p),
                 top_k: sampling.top_k.unwrap_or(defaults.top_k),

@@ -1,5 +1,8 @@
 //! The sampler: how the next token is chosen.
 //!
+//! A crate of its own, because it is built for speed: a vocabulary has up to 262,144 rows, and every token waits for the loops
+//! over them. The rest of the daemon is built to be small.
+//!
 //! In: numbers from the request, resolved against the device's defaults. Out: a token for each row of logits. Where
 //! there is something to draw, it is a chain of llama.cpp's samplers in llama.cpp's own order (penalties, top_k, top_p,
 //! min_p, temperature, then a draw with the request's seed).
@@ -159,7 +162,7 @@ fn best(logits: &[f32], allowed: Option<&SimpleVob>) -> Option<LlamaToken> {
     best.map(|(at, _)| token(at))
 }
 
-/// The first of the largest numbers, and its place. A vocabulary has up to 262,144 rows, and every token waits for this.
+/// The first of the largest numbers, and its place.
 fn largest(logits: &[f32]) -> Option<(usize, f32)> {
     let arch = Arch::new();
     let mut best = (0, f32::NEG_INFINITY);
@@ -174,7 +177,7 @@ fn largest(logits: &[f32]) -> Option<(usize, f32)> {
     Some((start + within, most))
 }
 
-/// The largest of some numbers: vector code also where the program is built to be small.
+/// The largest of some numbers, by vectors.
 struct Maximum<'a>(&'a [f32]);
 
 impl WithSimd for Maximum<'_> {
