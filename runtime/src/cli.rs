@@ -197,14 +197,14 @@ fn logging(common: &Common) {
     };
     let lines = tracing_subscriber::fmt::layer()
         .with_writer(std::io::stderr)
+        .with_ansi(false)
         .with_target(false);
     let registry = tracing_subscriber::registry().with(filter);
     // Journald writes its own time.
     if std::env::var_os("JOURNAL_STREAM").is_some() {
-        registry.with(lines.without_time().with_ansi(false)).init();
+        registry.with(lines.without_time()).init();
     } else {
-        let colours = std::io::IsTerminal::is_terminal(&std::io::stderr());
-        registry.with(lines.with_ansi(colours)).init();
+        registry.with(lines).init();
     }
     if let Some(mistake) = mistake {
         tracing::warn!("PIPIT_LOG `{asked}` is no list of target=level: {mistake}");
