@@ -34,6 +34,9 @@ CONFIG = """\
 # Pipit on: {board}.
 # Every key with its meaning: pipit config generate. What is in force, and who set it: pipit config show --origin.
 
+# The unit's folder, also for who runs `pipit check` or `pipit model` by hand.
+state_dir = "/var/lib/pipit"
+
 [broker]
 # An MQTT 5 broker: mosquitto on this device, or one of yours: "mqtt://broker.local", "mqtts://broker.local:8883".
 url = "mqtt://127.0.0.1:1883"

@@ -18,6 +18,7 @@ struct Instructions {
     here: fn() -> bool,
 }
 
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 macro_rules! instructions {
     ($detect:ident: $($c_macro:literal $ggml:expr, $feature:tt;)*) => {
         &[$(Instructions { c_macro: $c_macro, ggml: $ggml, here: || std::arch::$detect!($feature) },)*]

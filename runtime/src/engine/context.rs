@@ -12,6 +12,7 @@
     reason = "llama.cpp's C interface, and nothing else, is called here"
 )]
 
+use std::collections::BTreeMap;
 use std::ffi::c_void;
 use std::ptr::NonNull;
 use std::sync::Arc;
@@ -119,11 +120,11 @@ struct Threads(NonNull<sys::ggml_threadpool>);
 
 impl Threads {
     /// `None` for one thread, which needs no others.
-    fn new(count: u32) -> Option<Self> {
+    fn new(count: u32, poll: u32) -> Option<Self> {
         let count = i32::try_from(count).ok().filter(|&count| count > 1)?;
         // SAFETY: a plain function that fills a structure.
         let mut params = unsafe { sys::ggml_threadpool_params_default(count) };
-        params.poll = POLL;
+        params.poll = poll;
         // SAFETY: the parameters are read during the call only.
         NonNull::new(unsafe { sys::ggml_threadpool_new(&raw mut params) }).map(Self)
     }
@@ -140,8 +141,8 @@ impl Drop for Threads {
 #[derive(Debug)]
 pub struct Context {
     context: NonNull<sys::llama_context>,
-    /// Freed after the context.
-    _threads: Option<Threads>,
+    /// By their number, each made when it is asked for. Freed after the context, which may still know of any.
+    pools: BTreeMap<u32, Option<Threads>>,
     /// Looked at between two operations of a graph.
     _interrupt: Arc<AtomicBool>,
     vocabulary: usize,
@@ -174,34 +175,46 @@ impl Context {
         with.type_v = params.type_v;
         // SAFETY: the model lives for ever, and llama.cpp changes it here only, before any other thread knows of it.
         let context = NonNull::new(unsafe { sys::llama_init_from_model(pointer(model), with) })?;
-        let threads = Threads::new(params.threads);
-        if let Some(threads) = &threads {
-            // SAFETY: both pointers are good, and the threads outlive the context.
-            unsafe { sys::llama_attach_threadpool(context.as_ptr(), threads.0.as_ptr(), threads.0.as_ptr()) }
-        }
         let interrupt = Arc::clone(interrupt);
         // SAFETY: the flag lives as long as the context, which keeps an owner of it.
         unsafe {
             let flag = Arc::as_ptr(&interrupt).cast_mut().cast::<c_void>();
             sys::llama_set_abort_callback(context.as_ptr(), Some(interrupted), flag);
         }
-        Some(Self {
+        let mut made = Self {
             context,
-            _threads: threads,
+            pools: BTreeMap::new(),
             _interrupt: interrupt,
             vocabulary: usize::try_from(model.n_vocab()).unwrap_or(0),
             rows: Vec::new(),
             sequences: params.n_seq_max as usize,
             pointers: Vec::new(),
             counts: Vec::new(),
-        })
+        };
+        made.use_threads(params.threads);
+        Some(made)
     }
 
-    /// From here on so many threads compute, of those that the context was made with.
+    /// From here on `count` threads compute.
     pub fn use_threads(&mut self, count: u32) {
+        let usual = self.pools.keys().next_back().is_none_or(|&usual| usual == count);
+        // Threads of a pool that have nothing to do look for work all the same, and heat the machine. Where fewer are to compute
+        // they are a pool of their own, whose threads sleep between two graphs; ggml stops the other as soon as this one computes.
+        let poll = if usual { POLL } else { 0 };
+        let threads = self
+            .pools
+            .entry(count)
+            .or_insert_with(|| Threads::new(count, poll));
+        let pool = threads
+            .as_ref()
+            .map_or(std::ptr::null_mut(), |threads| threads.0.as_ptr());
         let count = i32::try_from(count).unwrap_or(i32::MAX).max(1);
-        // SAFETY: the context is there, and nothing is computed meanwhile: this borrows it alone.
-        unsafe { sys::llama_set_n_threads(self.context.as_ptr(), count, count) }
+        // SAFETY: context and pool are there, the pool until the context is gone, and nothing is computed meanwhile: this borrows
+        // the context alone. Null is no pool: ggml then starts the threads that it needs, for one none.
+        unsafe {
+            sys::llama_attach_threadpool(self.context.as_ptr(), pool, pool);
+            sys::llama_set_n_threads(self.context.as_ptr(), count, count);
+        }
     }
 
     /// Cells.

@@ -22,7 +22,8 @@ DEPENDS:append = " clang-native cmake-native"
 
 CVE_PRODUCT = "pipit"
 
-CARGO_BUILD_FLAGS += "-p pipit --bin pipit"
+# A device has a broker of its own.
+CARGO_BUILD_FLAGS += "-p pipit --bin pipit --no-default-features"
 
 # ggml's kernels: what the cores of the machine have (firmware-configs/socs). llama-cpp-sys-2 pins -march=armv8-a, and
 # the launcher puts this in its place.
@@ -38,8 +39,11 @@ export GGML_CPU_ARM_ARCH = "${@d.getVar('PIPIT_MARCH') if d.getVar('TARGET_ARCH'
 export GGML_LLAMAFILE = "${@'OFF' if d.getVar('TARGET_ARCH') == 'arm' else 'ON'}"
 export BINDGEN_EXTRA_CLANG_ARGS = "--sysroot=${STAGING_DIR_TARGET} --target=${TARGET_SYS}"
 # The same input gives the same bytes: no contraction (docs/decisions/0005-quantisation-kernels.md).
-TARGET_CFLAGS += "-ffp-contract=off"
-TARGET_CXXFLAGS += "-ffp-contract=off"
+PIPIT_FLAGS = "-ffp-contract=off"
+# The crate cc says -mfpu=vfpv3-d16, which outweighs march: without this there is no NEON.
+PIPIT_FLAGS:append:arm = " -mfpu=${@d.getVar('PIPIT_MARCH').partition('+')[2]}"
+TARGET_CFLAGS += "${PIPIT_FLAGS}"
+TARGET_CXXFLAGS += "${PIPIT_FLAGS}"
 
 SYSTEMD_SERVICE:${PN} = "pipit.service"
 
@@ -49,7 +53,7 @@ USERADD_PARAM:${PN} = "--system --user-group --home-dir ${localstatedir}/lib/pip
 do_install:append() {
     install -D -m 0644 ${S}/firmware-configs/systemd/pipit.service ${D}${systemd_system_unitdir}/pipit.service
     install -d -m 0755 ${D}${sysconfdir}/pipit/config.d
-    install -m 0644 ${S}/runtime/src/config/default.toml ${D}${sysconfdir}/pipit/config.toml
+    sed 's|^#state_dir = |state_dir = |' ${S}/runtime/src/config/default.toml >${D}${sysconfdir}/pipit/config.toml
 }
 
 CONFFILES:${PN} = "${sysconfdir}/pipit/config.toml"
