@@ -122,7 +122,9 @@ fn a_hot_machine_works_with_fewer_threads_then_slower_then_refuses() -> Result<(
         "long",
         device.request("long", "Tell me a story about a lake.", 200),
     );
-    client.wait(PATIENCE, "it is accepted", |seen| seen.json(&metrics)["accepted"] == 4)?;
+    client.wait(PATIENCE, "it is accepted", |seen| {
+        seen.json(&metrics)["accepted"] == 4
+    })?;
     reach(86, "refuse")?;
     client.ask("refused", device.request("refused", "And one about a wood.", 8));
     client.wait_answered(PATIENCE)?;
