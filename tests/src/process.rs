@@ -277,6 +277,16 @@ pub fn signal(name: &str, id: u32) -> Result<()> {
     Ok(())
 }
 
+/// Words in front of a command that give it mounts of its own.
+pub const OWN_MOUNTS: [&str; 2] = ["unshare", "-rm"];
+
+/// Whether this user may start something with [`OWN_MOUNTS`].
+pub fn may_mount() -> bool {
+    let [program, flags] = OWN_MOUNTS;
+    let tried = Command::new(program).args([flags, "true"]).output();
+    tried.is_ok_and(|it| it.status.success())
+}
+
 /// Bytes of memory that a process has resident now, and the most that it ever had (Linux: `/proc`).
 ///
 /// # Errors

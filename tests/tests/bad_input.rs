@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use pipit_tests::broker::free_port;
-use pipit_tests::process::{Finished, Running};
+use pipit_tests::process::{self, Finished, Running};
 use pipit_tests::{model, program};
 use tempfile::TempDir;
 
@@ -191,10 +191,7 @@ fn a_device_that_does_not_answer_is_timed_out() -> Result<()> {
 /// one, the size of files is limited instead: a write fails either way, with another message of the system's.
 fn run_on_a_full_disk(place: &Path, size: &str, name: &str, arguments: &[&str]) -> Result<Finished> {
     let program = program::path(name)?;
-    let may_mount = Command::new("unshare")
-        .args(["-rm", "true"])
-        .output()
-        .is_ok_and(|it| it.status.success());
+    let may_mount = process::may_mount();
     let script = if may_mount {
         // What is left is listed on stdout, which must stay empty.
         format!(
@@ -205,13 +202,13 @@ fn run_on_a_full_disk(place: &Path, size: &str, name: &str, arguments: &[&str]) 
         "trap '' XFSZ; ulimit -f 20000; shift; exec \"$@\"".to_owned()
     };
     let mut command = if may_mount {
-        Command::new("unshare")
+        let [unshare, flags] = process::OWN_MOUNTS;
+        let mut command = Command::new(unshare);
+        command.args([flags, "bash"]);
+        command
     } else {
         Command::new("bash")
     };
-    if may_mount {
-        command.args(["-rm", "bash"]);
-    }
     command
         .arg("-c")
         .arg(script)

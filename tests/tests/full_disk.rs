@@ -3,7 +3,6 @@
 use std::fs::File;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
@@ -26,11 +25,7 @@ enum Method {
 
 impl Method {
     fn find() -> Self {
-        let may_mount = Command::new("unshare")
-            .args(["-rm", "true"])
-            .output()
-            .is_ok_and(|it| it.status.success());
-        if may_mount {
+        if process::may_mount() {
             Self::SmallDisk
         } else {
             Self::SmallFiles
@@ -41,7 +36,7 @@ impl Method {
         let (before, under) = match self {
             Self::SmallDisk => (
                 "mount -t tmpfs -o size=256k none \"$STATE\" || exit 99",
-                &["unshare", "-rm"][..],
+                &process::OWN_MOUNTS[..],
             ),
             Self::SmallFiles => ("trap '' XFSZ", &[][..]),
         };
